@@ -1,0 +1,9 @@
+"""BatchOut for timm: importing this package registers its models with ``timm.create_model``."""
+
+from timm_batchout.batchout import BatchOut, BatchOutConfig, batchout, gaussian_noise
+from timm_batchout.inject import add_batchout, batchout_sites, remove_batchout
+from timm_batchout.zoo import paper_nets as _paper_nets  # noqa: F401  (registers mnist_cnn, cifar_vgg and twins)
+
+__version__ = '0.1.0'
+
+__all__ = ['batchout', 'gaussian_noise', 'BatchOut', 'BatchOutConfig', 'add_batchout', 'remove_batchout', 'batchout_sites']

@@ -1,0 +1,295 @@
+"""BatchOut, the method: Algorithm 1 and Eq. 2, 3 and 5 of the paper.
+
+Subramanya, Mopuri, Babu: "BatchOut: Batch-level feature augmentation to improve robustness to adversarial
+examples", ICVGIP 2018. While a net trains, the first half of each mini-batch of pre-activations is pushed a little
+toward other samples of the same batch; the push is a constant to backward; at test time nothing happens.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['batchout', 'gaussian_noise', 'BatchOut', 'BatchOutConfig']
+
+Bound = Union[float, Tensor]
+Eta = Union[float, tuple[float, float], Tensor, tuple[Tensor, Tensor]]
+
+
+class _Substitute(torch.autograd.Function):
+    """Some samples replaced by pushed ones; backward hands the upstream gradient itself to ``x``. Nothing is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pushed: Tensor, chosen: Tensor | None) -> Tensor:
+        return _substitute(x, pushed, chosen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad, None, None
+
+
+def batchout(
+    x: Tensor,
+    k: float = 0.5,
+    eta: Eta = 0.1,
+    training: bool = True,
+    *,
+    per_sample: bool = True,
+    select: Literal['first', 'random'] = 'first',
+    stop_gradient: bool = True,
+) -> Tensor:
+    """Push ``floor(k * m)`` of the m samples toward other samples of the batch: ``x_j + eta * (x_r - x_j)``.
+
+    Partners are drawn uniformly from the whole batch, with replacement, and read before any sample is changed
+    (Algorithm 1, Eq. 2). All draws come from torch's global generator of ``x.device``.
+
+    Args:
+        x: Activations of one layer, shape (m, ...), any floating dtype, device and memory format.
+        k: Share of the mini-batch to augment, in [0, 1].
+        eta: Magnitude. A number, or a (low, high) pair to draw from uniformly. Either may be a 0-d tensor, whose
+            value can then change between the calls of a compiled net without a recompilation.
+        training: False makes this the identity.
+        per_sample: Draw one eta per augmented sample (True) or one per call. Without effect on a constant eta.
+        select: Augment the 'first' samples of the batch, as in the paper, or a 'random' choice of them.
+        stop_gradient: Treat the push as a constant in backward (paper, section 6.1): the gradient w.r.t. ``x`` is
+            the upstream gradient, for every sample. False differentiates through the push, as a control.
+
+    Returns:
+        A new tensor with the shape, dtype, device and (for dense ``x``) strides of ``x``; ``x`` itself where there
+        is nothing to do: not training, ``m == 1``, ``floor(k * m) == 0`` or a constant eta of 0.
+
+    Raises:
+        ValueError: k outside [0, 1]; eta negative, not finite, or a pair with low > high; unknown ``select``.
+    """
+    n = _num_augmented(x, k, eta, training, select)
+    if n == 0:
+        return x
+    m = x.shape[0]
+    partners = torch.randint(m, (n,), device=x.device)
+    weight = _draw_eta(eta, n if per_sample else 1, x)
+    chosen = None if select == 'first' else torch.randperm(m, device=x.device)[:n]
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+        clean = x[:n] if chosen is None else x[chosen]
+        pushed = torch.lerp(clean, x[partners], weight)  # Eq. 3: (1 - eta) * x + eta * x_r
+    return _Substitute.apply(x, pushed, chosen) if stop_gradient else _substitute(x, pushed, chosen)
+
+
+def gaussian_noise(
+    x: Tensor,
+    k: float = 0.5,
+    eta: Eta = 0.1,
+    training: bool = True,
+    *,
+    per_sample: bool = True,
+    select: Literal['first', 'random'] = 'first',
+    stop_gradient: bool = True,
+) -> Tensor:
+    """The paper's random baseline (Eq. 5): ``x_j + eta * ||x_j||_2 * n / ||n||_2`` with ``n ~ N(0, I)``.
+
+    Arguments, result and errors are those of :func:`batchout`; only the direction of the push differs.
+    """
+    n = _num_augmented(x, k, eta, training, select)
+    if n == 0:
+        return x
+    weight = _draw_eta(eta, n if per_sample else 1, x)
+    chosen = None if select == 'first' else torch.randperm(x.shape[0], device=x.device)[:n]
+
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
+        clean = x[:n] if chosen is None else x[chosen]
+        noise = torch.randn_like(clean)
+        # Norms in float32 at least: the squares of half-precision activations overflow.
+        scale = _sample_norm(clean) / _sample_norm(noise)
+        pushed = clean + weight * scale.to(x.dtype) * noise
+    return _Substitute.apply(x, pushed, chosen) if stop_gradient else _substitute(x, pushed, chosen)
+
+
+def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -> int:
+    """How many samples to augment: floor(k * m), or 0 where the result is ``x`` itself."""
+    if not training:
+        return 0
+    _check_k(k)
+    _check_eta(eta)
+    if select not in ('first', 'random'):
+        raise ValueError(f"select must be 'first' or 'random', got {select!r}.")
+    if x.ndim == 0 or x.shape[0] <= 1 or (isinstance(eta, (int, float)) and eta == 0):
+        return 0
+    return int(k * x.shape[0])
+
+
+def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:
+    """A constant eta as it is; else draws of shape (count, 1, ...) in ``x``'s dtype, broadcastable over ``x[:n]``."""
+    if isinstance(eta, (int, float)):
+        return float(eta)
+    shape = (count,) + (1,) * (x.ndim - 1)
+    low, high = eta if isinstance(eta, tuple) else (eta, eta)
+    # Drawn in float32 and on x's device. Bounds that are 0-d CPU tensors enter as scalars, without a device sync.
+    return (torch.rand(shape, device=x.device) * (high - low) + low).to(x.dtype)
+
+
+def _substitute(x: Tensor, pushed: Tensor, chosen: Tensor | None) -> Tensor:
+    """``x`` with the chosen samples (None: the first ones) replaced by the pushed ones; differentiable."""
+    if chosen is not None:
+        return x.index_copy(0, chosen, pushed)
+    out = x.clone()
+    out[: pushed.shape[0]] = pushed
+    return out
+
+
+def _sample_norm(x: Tensor) -> Tensor:
+    """L2 norm of each sample, shape (m, 1, ...), float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x.reshape(x.shape[0], -1), dim=1, dtype=dtype)
+    return norm.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _check_k(k: float) -> None:
+    if not 0 <= k <= 1:
+        raise ValueError(f'k is the share of the mini-batch to augment and must lie in [0, 1], got {k}.')
+
+
+def _check_eta(eta: Eta) -> None:
+    """Checks numbers only: reading a tensor's value would synchronise the device and break a compiled graph."""
+    bounds = eta if isinstance(eta, (tuple, list)) else (eta, eta)
+    if len(bounds) != 2:
+        raise ValueError(f'eta must be a number or a (low, high) pair, got {eta!r}.')
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        return
+    low, high = bounds
+    for bound in bounds:
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise ValueError(f'eta must be a number or a (low, high) pair of numbers, got {eta!r}.')
+        if not math.isfinite(bound) or bound < 0:
+            raise ValueError(f'eta must be finite and not negative, got {eta!r}.')
+    if low > high:
+        raise ValueError(f'eta=(low, high) needs low <= high, got {eta!r}.')
+
+
+@dataclass(frozen=True)
+class BatchOutConfig:
+    """What to hook into a net, and where; the defaults are the paper's.
+
+    Args:
+        k: Share of the mini-batch to augment, in [0, 1].
+        eta: Magnitude for all sites: a number or a (low, high) pair. Or a mapping from site names or globs to
+            magnitudes; then only the sites it names are used, and the last pattern that matches a site decides.
+        noise: 'batchout' (Eq. 2) or 'gaussian' (Eq. 5).
+        sites: 'act' for every activation of the net (see ``timm_batchout.sites``), or a tuple of site names or globs.
+        per_sample: One eta per augmented sample, or one per call.
+        select: Augment the 'first' samples or a 'random' choice.
+        stop_gradient: Treat the push as a constant in backward.
+
+    Raises:
+        ValueError: A value out of range, with the value and the remedy.
+    """
+
+    k: float = 0.5
+    eta: Any = 0.1  # float | (low, high) | {pattern: float | (low, high)}
+    noise: Literal['batchout', 'gaussian'] = 'batchout'
+    sites: Any = 'act'  # 'act' | sequence of globs
+    per_sample: bool = True
+    select: Literal['first', 'random'] = 'first'
+    stop_gradient: bool = True
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+        if isinstance(self.eta, Mapping):
+            if not self.eta:
+                raise ValueError('eta is an empty mapping: name at least one site, or give one number for all sites.')
+            object.__setattr__(self, 'eta', {name: _as_eta(value) for name, value in self.eta.items()})
+        else:
+            object.__setattr__(self, 'eta', _as_eta(self.eta))
+        if self.noise not in _METHODS:
+            raise ValueError(f"noise must be 'batchout' or 'gaussian', got {self.noise!r}.")
+        if self.select not in ('first', 'random'):
+            raise ValueError(f"select must be 'first' or 'random', got {self.select!r}.")
+        if isinstance(self.sites, str):
+            if self.sites != 'act':
+                raise ValueError(f"sites must be 'act' or a list of site names or globs, got {self.sites!r}.")
+        else:
+            object.__setattr__(self, 'sites', tuple(self.sites))
+
+
+def _as_eta(eta: Any) -> Any:
+    """YAML and JSON have no tuples: a two-element list is a (low, high) pair."""
+    _check_eta(eta)
+    return tuple(eta) if isinstance(eta, (list, tuple)) else eta
+
+
+class BatchOut(nn.Module):
+    """BatchOut as a layer, to stand before an activation; :func:`timm_batchout.add_batchout` hooks it into any net.
+
+    It has no parameters and no state_dict entries. Its magnitude lives in two 0-d float32 CPU tensors, so that
+    ``set_eta`` (a warm-up, say) does not recompile a compiled net and ``model.half()`` does not round it.
+
+    Args:
+        k, eta, noise, per_sample, select, stop_gradient: See :class:`BatchOutConfig`; eta is a number or a pair.
+
+    Shape:
+        (m, ...) to (m, ...), same dtype, device and strides.
+    """
+
+    def __init__(
+        self,
+        k: float = 0.5,
+        eta: float | tuple[float, float] = 0.1,
+        noise: Literal['batchout', 'gaussian'] = 'batchout',
+        *,
+        per_sample: bool = True,
+        select: Literal['first', 'random'] = 'first',
+        stop_gradient: bool = True,
+    ):
+        super().__init__()
+        if isinstance(eta, Mapping):
+            raise ValueError(f'One BatchOut layer takes one eta, a number or a (low, high) pair, got {eta!r}.')
+        config = BatchOutConfig(k, eta, noise, per_sample=per_sample, select=select, stop_gradient=stop_gradient)
+        self.config = config
+        self.eta_low, self.eta_high = (torch.tensor(bound, dtype=torch.float32) for bound in _bounds(config.eta))
+        self.active = config.eta != 0  # a flag of its own: a compiled net guards on it, and not on eta's value
+
+    def set_eta(self, eta: float | tuple[float, float]) -> None:
+        """Change the magnitude, in place: a number or a (low, high) pair."""
+        self.config = replace(self.config, eta=eta)
+        for tensor, bound in zip((self.eta_low, self.eta_high), _bounds(self.config.eta)):
+            tensor.fill_(bound)
+        self.active = self.config.eta != 0
+
+    @property
+    def eta(self) -> float | tuple[float, float]:
+        """The magnitude: a number, or the (low, high) pair it is drawn from."""
+        return self.config.eta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.augment(x, self.training)
+
+    def augment(self, x: Tensor, training: bool) -> Tensor:
+        if not training or not self.active:
+            return x
+        config = self.config
+        return _METHODS[config.noise](
+            x,
+            config.k,
+            (self.eta_low, self.eta_high),
+            per_sample=config.per_sample,
+            select=config.select,
+            stop_gradient=config.stop_gradient,
+        )
+
+    def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Forward pre-hook of an activation. A bound method, so that copies of a net carry copies of it."""
+        # The hooked module's own flag: this object is no submodule of the net, so train() and eval() pass it by.
+        return (self.augment(args[0], module.training), *args[1:])
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f'k={c.k}, eta={c.eta}, noise={c.noise!r}' + ('' if c.stop_gradient else ', stop_gradient=False')
+
+
+def _bounds(eta: Any) -> tuple[float, float]:
+    return eta if isinstance(eta, tuple) else (eta, eta)
+
+
+_METHODS = {'batchout': batchout, 'gaussian': gaussian_noise}

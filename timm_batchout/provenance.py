@@ -1,0 +1,51 @@
+"""What every result file says of where it came from, and how files are written so that none is ever half there."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ['environment', 'write_atomically']
+
+PACKAGES = ('timm-batchout', 'torch', 'timm', 'accelerate')
+
+
+def environment(device: torch.device | str = 'cpu') -> dict[str, Any]:
+    """Versions and hardware, for a result file."""
+    device = torch.device(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
+    return {
+        'python': platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        'device': device.type,
+        'hardware': hardware,
+        'cpu_threads': torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's model name where Linux tells it, and its widest vector unit."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        name = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        pass
+    return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the file, then rename: a reader sees the old text or the new one."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    temporary.write_text(text)
+    temporary.replace(path)

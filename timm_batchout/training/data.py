@@ -1,0 +1,181 @@
+"""Datasets small enough to live on the device as uint8 tensors, and the loader that draws batches from them."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from timm_batchout.training.config import DataConfig
+
+__all__ = ['Split', 'load_data', 'load_split', 'TensorLoader']
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+
+
+@dataclass
+class Split:
+    """Images, uint8 (N, C, H, W), and labels, int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> 'Split':
+        return Split(self.images[indices], self.labels[indices])
+
+
+def load_data(config: DataConfig) -> tuple[Split, Split, Split]:
+    """Training, validation and test split. Validation is held out of the training set, stratified by class.
+
+    Raises:
+        ValueError: The data is not there or not in the expected layout.
+    """
+    whole = load_split(config, train=True)
+    generator = torch.Generator().manual_seed(config.split_seed)
+    held_out = torch.zeros(len(whole), dtype=torch.bool)
+    for label in whole.labels.unique():
+        members = (whole.labels == label).nonzero()[:, 0]
+        count = int(round(config.val_fraction * len(members)))
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    train, val = whole.subset(~held_out), whole.subset(held_out)
+    return train, val, load_split(config, train=False)
+
+
+def load_split(config: DataConfig, train: bool) -> Split:
+    """The training or the test set of a dataset, whole and in its original order.
+
+    Raises:
+        ValueError: The data is not there or not in the expected layout.
+    """
+    loaders = {'mnist': _torchvision, 'cifar10': _torchvision, 'digits': _digits, 'image_folder': _image_folder}
+    return loaders[config.name](config, train)
+
+
+def data_label(config: DataConfig) -> str:
+    """The data's name for results and cards."""
+    names = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10', 'digits': 'scikit-learn digits (28x28)'}
+    return config.label or names.get(config.name) or Path(config.root).name
+
+
+def _torchvision(config: DataConfig, train: bool) -> Split:
+    from torchvision import datasets
+
+    cls = {'mnist': datasets.MNIST, 'cifar10': datasets.CIFAR10}[config.name]
+    try:
+        dataset = cls(config.root, train=train, download=config.download)
+    except RuntimeError as error:
+        raise ValueError(
+            f'{config.name} is not in {config.root!r} (data.root). Set data.root to the folder that holds it, '
+            'or data.download=true to fetch it.'
+        ) from error
+    images = torch.as_tensor(dataset.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Split(images.contiguous(), torch.as_tensor(dataset.targets))
+
+
+def _digits(config: DataConfig, train: bool) -> Split:
+    """The 1,797 handwritten 8x8 digits that come with scikit-learn, as 28x28 images; every fifth is a test image."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("data.name='digits' needs scikit-learn: pip install timm-batchout[train].") from error
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = torch.nn.functional.interpolate(images, size=(28, 28), mode='bilinear', align_corners=False)
+    is_test = torch.arange(len(images)) % 5 == 0
+    keep = ~is_test if train else is_test
+    return Split((images * 255).round().to(torch.uint8)[keep], torch.from_numpy(digits.target).long()[keep])
+
+
+def _image_folder(config: DataConfig, train: bool) -> Split:
+    """``train/<class>/*`` or ``test/<class>/*`` of a folder or tar file; classes in alphabetical order."""
+    from PIL import Image
+
+    part = 'train' if train else 'test'
+    images, classes = [], []
+    for name, stream in _files(Path(config.root), part):
+        with Image.open(stream) as image:
+            images.append(np.asarray(image.convert('RGB')))
+        classes.append(name)
+    if not images:
+        raise ValueError(f'No images in {config.root!r} (data.root): expected {part}/<class>/<image>.')
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f'The images in {config.root!r} differ in size; this loader needs one size.')
+    index = {name: i for i, name in enumerate(sorted(set(classes)))}
+    tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(tensor, torch.tensor([index[name] for name in classes]))
+
+
+def _files(root: Path, part: str) -> Iterator[tuple[str, io.BufferedIOBase | Path]]:
+    """(class name, image file) of every image of one part, in sorted order."""
+    if root.is_dir():
+        for path in sorted((root / part).glob('*/*')):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                yield path.parent.name, path
+    elif root.is_file() and tarfile.is_tarfile(root):
+        with tarfile.open(root) as tar:
+            found = {}
+            for member in tar:  # one sequential read: seeking in a compressed tar starts it over
+                path = Path(member.name)
+                if path.suffix.lower() in IMAGE_SUFFIXES and path.parent.parent.name == part:
+                    found[member.name] = (path.parent.name, io.BytesIO(tar.extractfile(member).read()))
+        yield from (found[name] for name in sorted(found))
+    else:
+        raise ValueError(f'{str(root)!r} (data.root) is neither a folder nor a tar file.')
+
+
+class TensorLoader:
+    """Batches of float images in [0, 1] from a split that stays on the device: no worker, no copy per step.
+
+    Training batches come in an order that depends on seed and epoch alone, and the last incomplete one is dropped;
+    evaluation batches come in order, all of them.
+
+    Args:
+        split: The images.
+        batch_size: Images per batch.
+        device: Where they live.
+        channels_last: Memory format of the batches.
+        shuffle: Training mode.
+        seed: Of the order.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device | str = 'cpu',
+        channels_last: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+    ):
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.batch_size = batch_size
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return len(self.labels) // self.batch_size
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self.labels))
+        if self.shuffle:
+            # Not the global generator: the order must not depend on what was drawn before.
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
+        order = order.to(self.labels.device)
+        for i in range(len(self)):
+            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            images = self.images[batch].float().div_(255)
+            yield images.contiguous(memory_format=self.memory_format), self.labels[batch]

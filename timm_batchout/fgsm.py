@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['fgsm']
+__all__ = ['fgsm', 'gradient_sign']
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
@@ -20,8 +20,12 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Te
     Returns:
         Adversarial images, detached, shape and dtype of ``images``.
     """
+    return (images.detach() + epsilon * gradient_sign(model, images, labels)).clamp_(0, 1)
+
+
+def gradient_sign(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Sign of the cross-entropy's gradient w.r.t. the images: -1, 0 or 1, shape and dtype of ``images``."""
     with torch.enable_grad():
         images = images.detach().requires_grad_()
         loss = F.cross_entropy(model(images), labels, reduction='sum')
-        (gradient,) = torch.autograd.grad(loss, images)
-    return (images.detach() + epsilon * gradient.sign()).clamp_(0, 1)
+        return torch.autograd.grad(loss, images)[0].sign()

@@ -1,13 +1,11 @@
 """A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike."""
 
-import difflib
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import yaml
 
-__all__ = ['TrainConfig', 'DataConfig', 'OptimizerConfig', 'ScheduleConfig', 'ObjectiveConfig', 'make_parser']
+__all__ = ['TrainConfig', 'DataConfig', 'OptimizerConfig', 'ScheduleConfig', 'ObjectiveConfig']
 
 
 @dataclass
@@ -130,21 +128,3 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)
-
-
-def make_parser(parser: Any) -> Any:
-    """Add ``--config recipe.yaml`` and one flag per key of the tree to a jsonargparse parser."""
-    from jsonargparse import ActionConfigFile
-
-    parser.add_argument('--config', action=ActionConfigFile, help='YAML recipe; later ones and flags override it.')
-    parser.add_class_arguments(TrainConfig)
-    return parser
-
-
-def nearest_key(message: str, keys: list[str]) -> str:
-    """jsonargparse's error for an unknown key, with the nearest valid key named."""
-    unknown = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]|--([\w.]+)", message)
-    if not unknown:
-        return message
-    close = difflib.get_close_matches(unknown[1] or unknown[2], keys, n=1)
-    return f'{message} Did you mean {close[0]!r}?' if close else message

@@ -171,8 +171,8 @@ def _train_epoch(
     loader.epoch = epoch
     losses = torch.zeros(len(loader), device=accelerator.device)
     started = time.perf_counter()
-    show = not accelerator.is_local_main_process
-    progress = tqdm(loader, f'epoch {epoch + 1}/{epochs}', disable=show, leave=False, mininterval=1.0, unit='step')
+    hidden = None if accelerator.is_local_main_process else True  # None: shown on a terminal only
+    progress = tqdm(loader, f'epoch {epoch + 1}/{epochs}', disable=hidden, leave=False, mininterval=1.0, unit='step')
     for step, (images, labels) in enumerate(progress):
         schedule.step_update(epoch * len(loader) + step)
         with accelerator.autocast():

@@ -6,6 +6,8 @@ with BatchOut hooked in front of every ReLU, so all weights of a net fit both. I
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from timm_batchout.batchout import BatchOutConfig
 from timm_batchout.inject import add_batchout
+from timm_batchout.sites import activation_sites
 from timm_batchout.zoo.weights import check_weights, read_weights_card
 
 __all__ = ['PaperNet']
@@ -100,31 +103,32 @@ class PaperNet(nn.Module):
         self.feature_info.append(dict(num_chs=prev, reduction=2 ** len(channels), module='pool'))
 
         self.drop = nn.Dropout(drop_rate)
-        self._build_pre_logits(global_pool, num_classes)
+        self.pre_logits = self._build_pre_logits(self._build_pool(global_pool, num_classes))
         self.head_drop = nn.Dropout(drop_rate)
         self.head: nn.Module = nn.Identity()
         self._build_head(num_classes)
         self._initialize_weights()
 
-    def _build_pre_logits(self, global_pool: str, num_classes: int) -> None:
+    def _build_pool(self, global_pool: str, num_classes: int) -> int:
+        """Set the pooling; returns the number of features it hands to the first fully connected layer."""
         if global_pool == '' and num_classes > 0:
             raise ValueError("global_pool='' returns feature maps and goes with num_classes=0 only.")
         self.pool_type = global_pool
         self.head_hidden_size = self.hidden[-1] if global_pool else self.num_features
-        if global_pool == '':
-            self.global_pool, self.pre_logits = nn.Identity(), nn.Identity()
-            return
-        if global_pool == 'flatten':
-            self.global_pool = nn.Flatten(1)
-            prev = self.num_features * self.feature_size[0] * self.feature_size[1]
-        else:
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
-            prev = self.num_features * self.global_pool.feat_mult()
+        if global_pool in ('', 'flatten'):
+            self.global_pool = nn.Flatten(1) if global_pool else nn.Identity()
+            return self.num_features * self.feature_size[0] * self.feature_size[1]
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        return self.num_features * self.global_pool.feat_mult()
+
+    def _build_pre_logits(self, prev: int) -> nn.Module:
+        if self.pool_type == '':
+            return nn.Identity()
         layers: list[tuple[str, nn.Module]] = []
         for j, width in enumerate(self.hidden, 1):
             layers += [(f'fc{j}', nn.Linear(prev, width, **self._factory)), (f'act{j}', nn.ReLU(inplace=True))]
             prev = width
-        self.pre_logits = nn.Sequential(OrderedDict(layers))
+        return nn.Sequential(OrderedDict(layers))
 
     def _build_head(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -152,14 +156,21 @@ class PaperNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier for another number of classes; a new pool type also renews the fully connected layers."""
+        """A new classifier; another pool type also renews the first fully connected layer.
+
+        Raises:
+            ValueError: A net without pooling (global_pool='') has no fully connected layers left to classify with.
+        """
         weight = next(self.parameters())
         self._factory = {'device': weight.device, 'dtype': weight.dtype}
+        if self.pool_type == '' and (num_classes > 0 or global_pool):
+            raise ValueError("This net was reduced to feature maps (global_pool=''). Create it anew to classify.")
         if global_pool is not None and global_pool != self.pool_type:
-            self._build_pre_logits(global_pool, num_classes)
-            self.pre_logits.train(self.training)
-        elif self.pool_type == '' and num_classes > 0:
-            raise ValueError("This net has no pooling: reset_classifier(num_classes, global_pool='flatten') adds it.")
+            in_features = self._build_pool(global_pool, num_classes)
+            if global_pool == '':
+                self.pre_logits = nn.Identity()
+            else:  # in place: the activations after it, and BatchOut's hooks on them, stay
+                self.pre_logits.fc1 = nn.Linear(in_features, self.hidden[0], **self._factory)
         self._build_head(num_classes)
 
     def forward_intermediates(
@@ -288,7 +299,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, net: partial, pretrained: bool, **kwargs: Any) -> PaperNet:
+def _create(variant: str, net: Callable[..., PaperNet], pretrained: bool, **kwargs: Any) -> PaperNet:
     if pretrained:
         sources = {key: kwargs.get(key) for key in ('pretrained_cfg', 'pretrained_cfg_overlay')}
         check_weights(resolve_pretrained_cfg(variant, **sources).file)
@@ -302,16 +313,26 @@ def _create(variant: str, net: partial, pretrained: bool, **kwargs: Any) -> Pape
     )
 
 
-def _create_batchout(variant: str, net: partial, eta: Any, pretrained: bool, **kwargs: Any) -> PaperNet:
+def _create_batchout(
+    variant: str, net: partial, paper_eta: dict[str, Any], pretrained: bool, **kwargs: Any
+) -> PaperNet:
     """The net with BatchOut hooked in. Keyword arguments named as in ``BatchOutConfig`` override the paper's values."""
     chosen = {name: kwargs.pop(name) for name in BatchOutConfig.__dataclass_fields__ if name in kwargs}
-    config = BatchOutConfig(**{'eta': eta, **chosen})
-    model = _create(variant, net, pretrained, **kwargs)
-    if is_scriptable():
-        # TorchScript cannot compile hooks. It is for inference, where BatchOut is the identity.
-        _logger.warning(f'{variant} is made scriptable: BatchOut is left out, so do not train this one.')
-        return model
-    return add_batchout(model, config)
+    config = BatchOutConfig(**{'eta': paper_eta, **chosen})
+
+    def build(**model_args: Any) -> PaperNet:
+        model = net(**model_args)
+        if is_scriptable():
+            # TorchScript cannot compile hooks. It is for inference, where BatchOut is the identity.
+            _logger.warning(f'{variant} is made scriptable: BatchOut is left out, so do not train this one.')
+            return model
+        if 'eta' in chosen:
+            return add_batchout(model, config)
+        present = activation_sites(model)  # a net without fully connected layers lacks some of the paper's sites
+        eta = {name: value for name, value in paper_eta.items() if name in present}
+        return add_batchout(model, replace(config, eta=eta))
+
+    return _create(variant, build, pretrained, **kwargs)
 
 
 @register_model

@@ -38,3 +38,23 @@ def check_weights(file: str | None) -> None:
             f'{path.name} is damaged: its sha256 is {actual[:12]}..., its JSON says {expected[:12]}.... '
             'Reinstall timm-batchout.'
         )
+
+
+def bundled_cards() -> dict[str, dict[str, Any]]:
+    """The JSON of every bundled model, by 'arch.tag'."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))}
+
+
+def table(cards: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of bundled models: clean test accuracy, and FGSM robust accuracy at every epsilon measured."""
+    lines = []
+    header: list[str] = []
+    for name, card in cards.items():
+        epsilons = list(card['test']['fgsm'])
+        if epsilons != header:
+            header = epsilons
+            lines += ['', f'| {card["data"]}, n = {card["test"]["n"]} | clean | ' + ' | '.join(f'FGSM {e}' for e in header) + ' |']
+            lines += ['|---|' + '---|' * (len(header) + 1)]
+        scores = [card['test']['clean'], *card['test']['fgsm'].values()]
+        lines.append(f'| `{name}` | ' + ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores) + ' |')
+    return '\n'.join(lines).strip()

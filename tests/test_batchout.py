@@ -151,7 +151,7 @@ def test_backward_is_the_upstream_gradient_itself(method, select):
     upstream = torch.randn_like(out)
     out.backward(upstream)
     assert torch.equal(x.grad, upstream)
-    (grad_in, grad_out), = seen
+    ((grad_in, grad_out),) = seen
     assert grad_in[0].data_ptr() == grad_out[0].data_ptr(), 'the gradient was copied'
 
 
@@ -224,7 +224,7 @@ def test_gradient_checkpointing_replays_the_draws(use_reentrant):
 
     plain = gradients(net)
     replayed = gradients(lambda x: checkpoint(net, x, use_reentrant=use_reentrant))
-    assert all(torch.equal(a, b) for a, b in zip(plain, replayed))
+    assert all(torch.equal(a, b) for a, b in zip(plain, replayed, strict=True))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -65,7 +65,7 @@ def test_training_changes_features_and_eval_does_not(net, images):
     assert not torch.equal(outputs(net, images), outputs(plain, images))
     assert torch.equal(outputs(net.eval(), images), outputs(plain.eval(), images))
     assert list(net.state_dict()) == list(plain.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values(), strict=True))
     assert [n for n, _ in net.named_modules()] == [n for n, _ in plain.named_modules()]
 
 

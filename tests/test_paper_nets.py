@@ -1,8 +1,8 @@
 """The paper's nets keep timm's model contract, and the appendix's numbers."""
 
-import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -162,7 +162,8 @@ def test_features(name):
     torch.manual_seed(0)
     extractor = timm.create_model(name, features_only=True, out_indices=(0, 1)).eval()
     found = extractor(x)
-    assert all(torch.equal(a, b) for a, b in zip(found, reference.forward_intermediates(x, intermediates_only=True)))
+    expected = reference.forward_intermediates(x, intermediates_only=True)[:2]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert extractor.feature_info.channels() == [m.shape[1] for m in found]
     assert bool(batchout_sites(extractor)) == name.startswith('batchout')
     with pytest.raises(ValueError, match='NCHW'):
@@ -182,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
     plain = gradients()
     model.set_grad_checkpointing()
-    assert all(torch.equal(a, b) for a, b in zip(plain, gradients()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -281,7 +282,7 @@ def test_missing_and_damaged_weights_are_refused(tmp_path, monkeypatch):
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
-    with pytest.raises(ValueError, match='damaged.*sha256'):
+    with pytest.raises(ValueError, match=r'damaged.*sha256'):
         create()
     file.unlink()
     with pytest.raises(ValueError, match='missing'):
@@ -304,4 +305,5 @@ def test_table_holds_every_bundled_model():
     table = weights.table(cards)
     for name, card in cards.items():
         assert f'| `{name}` | {100 * card["test"]["clean"]["correct"] / 10_000:.2f} |' in table
-    assert json.dumps(cards)  # plain JSON
+    readme = (Path(__file__).parent.parent / 'README.md').read_text()
+    assert table in readme, 'README is behind: run recipes/paper/bundle_weights.py'

@@ -6,4 +6,12 @@ from timm_batchout.zoo import paper_nets as _paper_nets  # noqa: F401  (register
 
 __version__ = '0.1.0'
 
-__all__ = ['batchout', 'gaussian_noise', 'BatchOut', 'BatchOutConfig', 'add_batchout', 'remove_batchout', 'batchout_sites']
+__all__ = [
+    'BatchOut',
+    'BatchOutConfig',
+    'add_batchout',
+    'batchout',
+    'batchout_sites',
+    'gaussian_noise',
+    'remove_batchout',
+]

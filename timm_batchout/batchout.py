@@ -8,15 +8,14 @@ toward other samples of the same batch; the push is a constant to backward; at t
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['batchout', 'gaussian_noise', 'BatchOut', 'BatchOutConfig']
+__all__ = ['BatchOut', 'BatchOutConfig', 'batchout', 'gaussian_noise']
 
-Bound = Union[float, Tensor]
-Eta = Union[float, tuple[float, float], Tensor, tuple[Tensor, Tensor]]
+Eta = float | tuple[float, float] | Tensor | tuple[Tensor, Tensor]
 
 
 class _Substitute(torch.autograd.Function):
@@ -253,7 +252,7 @@ class BatchOut(nn.Module):
     def set_eta(self, eta: float | tuple[float, float]) -> None:
         """Change the magnitude, in place: a number or a (low, high) pair."""
         self.config = replace(self.config, eta=eta)
-        for tensor, bound in zip((self.eta_low, self.eta_high), _bounds(self.config.eta)):
+        for tensor, bound in zip((self.eta_low, self.eta_high), _bounds(self.config.eta), strict=True):
             tensor.fill_(bound)
         self.active = self.config.eta != 0
 

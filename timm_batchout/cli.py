@@ -28,7 +28,7 @@ class EvaluateConfig:
         model: A timm model name, with or without tag.
         checkpoint: Score this .safetensors file instead of the pretrained weights.
         data: The test set.
-        epsilons: FGSM radii in [0, 1] pixels; fractions are welcome: [1/255, 2/255].
+        epsilons: FGSM radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
         batch_size: Images at a time.
         output: Write the numbers to this JSON file as well.
     """
@@ -36,7 +36,7 @@ class EvaluateConfig:
     model: str
     checkpoint: str = ''
     data: DataConfig = field(default_factory=DataConfig)
-    epsilons: list[str] = field(default_factory=list)
+    epsilons: list[float | str] = field(default_factory=list)
     batch_size: int = 500
     output: str = ''
 
@@ -99,7 +99,9 @@ def run_verify(config: VerifyConfig) -> int:
         if card['data'] not in splits:
             splits[card['data']] = load_split(replace(data, root=config.roots[card['data']]), train=False)
         split = splits[card['data']]
-        found = evaluate(timm.create_model(name, pretrained=True), split.images, split.labels, list(card['test']['fgsm']))
+        found = evaluate(
+            timm.create_model(name, pretrained=True), split.images, split.labels, list(card['test']['fgsm'])
+        )
         same = found == card['test']
         differing += not same
         print(f'{name}: clean {found["clean"]["accuracy"]:.4f}, ' + ('as stated' if same else f'STATED {card["test"]}'))
@@ -157,7 +159,7 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     except SystemExit:
         raise
     except Exception as error:  # jsonargparse raises argparse's errors and some of its own
-        unknown = re.search(r"option '([\w.]+)'|[Kk]ey '([\w.]+)' is not expected|arguments: --([\w.]+)", str(error))
+        unknown = re.search(r"[Oo]ption '([\w.]+)'|arguments: --([\w.]+)", str(error))
         keys = [action.dest for action in parser._actions]
         hint = _nearest(next(filter(None, unknown.groups())), keys) if unknown else ''
         raise ValueError(f'{error}{hint}') from error

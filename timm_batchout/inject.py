@@ -1,4 +1,4 @@
-"""BatchOut into any net, by forward pre-hooks on its activations: same parameters, same state_dict, same eval logits."""
+"""BatchOut into any net, by forward pre-hooks on its activations: same parameters, state_dict and eval logits."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import nn
 from timm_batchout.batchout import BatchOut, BatchOutConfig
 from timm_batchout.sites import activation_sites, match_sites
 
-__all__ = ['add_batchout', 'remove_batchout', 'batchout_sites']
+__all__ = ['add_batchout', 'batchout_sites', 'remove_batchout']
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 

@@ -16,6 +16,9 @@ class PixelModel(nn.Module):
         Images (B, C, H, W), floating, in [0, 1] pixels; to float32 logits (B, classes).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model

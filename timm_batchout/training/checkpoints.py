@@ -5,7 +5,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-__all__ = ['save_checkpoint', 'newest_checkpoint', 'restore_checkpoint']
+__all__ = ['newest_checkpoint', 'restore_checkpoint', 'save_checkpoint']
 
 KEEP = 2
 

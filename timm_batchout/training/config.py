@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import yaml
 
-__all__ = ['TrainConfig', 'DataConfig', 'OptimizerConfig', 'ScheduleConfig', 'ObjectiveConfig']
+__all__ = ['DataConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ScheduleConfig', 'TrainConfig']
 
 
 @dataclass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_batchout.training.config import DataConfig
 
-__all__ = ['Split', 'load_data', 'load_split', 'TensorLoader']
+__all__ = ['Split', 'TensorLoader', 'load_data', 'load_split']
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 
@@ -42,7 +42,7 @@ def load_data(config: DataConfig) -> tuple[Split, Split, Split]:
     held_out = torch.zeros(len(whole), dtype=torch.bool)
     for label in whole.labels.unique():
         members = (whole.labels == label).nonzero()[:, 0]
-        count = int(round(config.val_fraction * len(members)))
+        count = round(config.val_fraction * len(members))
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     train, val = whole.subset(~held_out), whole.subset(held_out)
     return train, val, load_split(config, train=False)
@@ -114,7 +114,7 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
     return Split(tensor, torch.tensor([index[name] for name in classes]))
 
 
-def _files(root: Path, part: str) -> Iterator[tuple[str, io.BufferedIOBase | Path]]:
+def _files(root: Path, part: str) -> Iterator[tuple[str, io.BytesIO | Path]]:
     """(class name, image file) of every image of one part, in sorted order."""
     if root.is_dir():
         for path in sorted((root / part).glob('*/*')):
@@ -125,8 +125,10 @@ def _files(root: Path, part: str) -> Iterator[tuple[str, io.BufferedIOBase | Pat
             found = {}
             for member in tar:  # one sequential read: seeking in a compressed tar starts it over
                 path = Path(member.name)
-                if path.suffix.lower() in IMAGE_SUFFIXES and path.parent.parent.name == part:
-                    found[member.name] = (path.parent.name, io.BytesIO(tar.extractfile(member).read()))
+                wanted = path.suffix.lower() in IMAGE_SUFFIXES and path.parent.parent.name == part
+                content = tar.extractfile(member) if wanted else None
+                if content is not None:
+                    found[member.name] = (path.parent.name, io.BytesIO(content.read()))
         yield from (found[name] for name in sorted(found))
     else:
         raise ValueError(f'{str(root)!r} (data.root) is neither a folder nor a tar file.')
@@ -145,6 +147,7 @@ class TensorLoader:
         channels_last: Memory format of the batches.
         shuffle: Training mode.
         seed: Of the order.
+        rank, world_size: This process takes every world_size-th image of the common order, from the rank-th on.
     """
 
     def __init__(
@@ -155,6 +158,8 @@ class TensorLoader:
         channels_last: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
@@ -162,19 +167,22 @@ class TensorLoader:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.shuffle = shuffle
         self.seed = seed
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def __len__(self) -> int:
         if self.shuffle:
-            return len(self.labels) // self.batch_size
-        return -(-len(self.labels) // self.batch_size)
+            return len(self.labels) // (self.batch_size * self.world_size)  # the same on every rank
+        return -(-len(range(self.rank, len(self.labels), self.world_size)) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.arange(len(self.labels))
         if self.shuffle:
             # Not the global generator: the order must not depend on what was drawn before.
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
-        order = order.to(self.labels.device)
+            order = torch.randperm(
+                len(order), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            )
+        order = order[self.rank :: self.world_size].to(self.labels.device)
         for i in range(len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
             images = self.images[batch].float().div_(255)

@@ -1,16 +1,17 @@
 """The training loop, on Accelerate: from a config to a run folder.
 
-    run/config.yaml          the resolved recipe
-    run/metrics.jsonl        one line per epoch
-    run/checkpoints/epoch_N  all that --resume needs; the newest two are kept
-    run/model.safetensors    the trained weights, keys as in the plain net
-    run/result.json          test accuracy, recipe, seed, versions, hardware, sha256 of the weights
+run/config.yaml          the resolved recipe
+run/metrics.jsonl        one line per epoch
+run/checkpoints/epoch_N  all that --resume needs; the newest two are kept
+run/model.safetensors    the trained weights, keys as in the plain net
+run/result.json          test accuracy, recipe, seed, versions, hardware, sha256 of the weights
 """
 
 import hashlib
 import json
 import time
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from timm.scheduler import CosineLRScheduler
@@ -47,11 +49,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config.validate()
     objective = make_objective(config.objective)
     train_split, val_split, test_split = load_data(config.data)
+    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
     accelerator = Accelerator(mixed_precision=config.precision)
     # device_specific: ranks must not share their draws of partners and dropout masks.
     set_seed(config.seed, device_specific=True)
     model = timm.create_model(config.model, **config.model_args)
     _check_fit(model, train_split)
+    if config.batch_size * accelerator.num_processes > len(train_split):
+        raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(train_split)} images).')
     output = Path(config.output)
     checkpoint = _open_run_folder(output, config)
 
@@ -65,8 +70,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         momentum=config.optimizer.momentum,
     )
     loader = _loader(train_split, config.batch_size, accelerator, config, shuffle=True)
-    if len(loader) == 0:
-        raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(train_split)} images).')
     schedule = CosineLRScheduler(
         optimizer,
         t_initial=config.epochs * len(loader),
@@ -115,16 +118,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def _loader(split: Split, size: int, accelerator: Accelerator, config: TrainConfig, shuffle: bool = False):
-    return TensorLoader(split, size, accelerator.device, config.channels_last, shuffle=shuffle, seed=config.seed)
+    # Training batches are split over the processes; evaluation is small, and every process does all of it.
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if shuffle else (0, 1)
+    return TensorLoader(split, size, accelerator.device, config.channels_last, shuffle, config.seed, rank, world_size)
 
 
 def _check_fit(model: nn.Module, split: Split) -> None:
     """The model takes these images and has an output for every label."""
     labels = int(split.labels.max()) + 1
-    if model.num_classes < labels:
-        raise ValueError(
-            f'The model has {model.num_classes} classes, the data {labels}: set model_args.num_classes={labels}.'
-        )
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    if classes < labels:
+        raise ValueError(f'The model has {classes} classes, the data {labels}: set model_args.num_classes={labels}.')
     try:
         with torch.no_grad():
             model.eval()(split.images[:2].float() / 255)
@@ -146,7 +150,8 @@ def _open_run_folder(output: Path, config: TrainConfig) -> Path | None:
             raise ValueError(f'Nothing to resume: {str(output)!r} holds no checkpoint. Start without --resume.')
         saved = [line for line in recipe_file.read_text().splitlines() if not line.startswith('resume:')]
         asked = [line for line in recipe.splitlines() if not line.startswith('resume:')]
-        changes = [f'  saved {a.strip()!r}, asked for {b.strip()!r}' for a, b in zip(saved, asked) if a != b]
+        pairs = zip_longest(saved, asked, fillvalue='')
+        changes = [f'  saved {a.strip()!r}, asked for {b.strip()!r}' for a, b in pairs if a != b]
         if saved != asked:
             raise ValueError('The recipe differs from that of the run to resume:\n' + '\n'.join(changes))
         return checkpoint
@@ -194,7 +199,7 @@ def _train_epoch(
         'step': (epoch + 1) * len(loader),
         'lr': optimizer.param_groups[0]['lr'],
         'train_loss': mean_loss,
-        'images_per_second': round(len(loader) * loader.batch_size / seconds, 1),
+        'images_per_second': round(len(loader) * loader.batch_size * accelerator.num_processes / seconds, 1),
         'seconds': round(seconds, 2),
     }
 
@@ -221,7 +226,7 @@ def evaluate(model: nn.Module, loader: TensorLoader, prefix: str = '') -> dict[s
     finally:
         for handle in handles:
             handle.remove()
-    logits, labels = (torch.cat(parts) for parts in zip(*outputs))
+    logits, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
     correct = int((logits.argmax(1) == labels).sum())
     return {
         f'{prefix}accuracy': correct / len(labels),

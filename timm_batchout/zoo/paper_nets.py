@@ -99,7 +99,7 @@ class PaperNet(nn.Module):
                 prev = width_out
             self.stages.append(nn.Sequential(OrderedDict(layers)))
             self.feature_info.append(dict(num_chs=prev, reduction=2**i, module=f'stages.{i}'))
-        self.pool = nn.MaxPool2d(2)
+        self.pool: nn.Module = nn.MaxPool2d(2)
         self.feature_info.append(dict(num_chs=prev, reduction=2 ** len(channels), module='pool'))
 
         self.drop = nn.Dropout(drop_rate)
@@ -114,12 +114,14 @@ class PaperNet(nn.Module):
         if global_pool == '' and num_classes > 0:
             raise ValueError("global_pool='' returns feature maps and goes with num_classes=0 only.")
         self.pool_type = global_pool
+        self.global_pool: nn.Module
         self.head_hidden_size = self.hidden[-1] if global_pool else self.num_features
         if global_pool in ('', 'flatten'):
             self.global_pool = nn.Flatten(1) if global_pool else nn.Identity()
             return self.num_features * self.feature_size[0] * self.feature_size[1]
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
-        return self.num_features * self.global_pool.feat_mult()
+        pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        self.global_pool = pool
+        return self.num_features * pool.feat_mult()
 
     def _build_pre_logits(self, prev: int) -> nn.Module:
         if self.pool_type == '':
@@ -139,8 +141,8 @@ class PaperNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
-                nn.init.zeros_(module.bias)
-        if self.num_classes:
+                nn.init.constant_(module.bias, 0)  # type: ignore[arg-type]
+        if isinstance(self.head, nn.Linear):
             nn.init.normal_(self.head.weight, std=0.01)
 
     @torch.jit.ignore

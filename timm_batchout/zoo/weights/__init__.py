@@ -53,7 +53,12 @@ def table(cards: dict[str, dict[str, Any]]) -> str:
         epsilons = list(card['test']['fgsm'])
         if epsilons != header:
             header = epsilons
-            lines += ['', f'| {card["data"]}, n = {card["test"]["n"]} | clean | ' + ' | '.join(f'FGSM {e}' for e in header) + ' |']
+            lines += [
+                '',
+                f'| {card["data"]}, n = {card["test"]["n"]} | clean | '
+                + ' | '.join(f'FGSM {e}' for e in header)
+                + ' |',
+            ]
             lines += ['|---|' + '---|' * (len(header) + 1)]
         scores = [card['test']['clean'], *card['test']['fgsm'].values()]
         lines.append(f'| `{name}` | ' + ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores) + ' |')

@@ -1,0 +1,34 @@
+# A fresh machine needs two commands: make demo, make test. Both install into .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow quality style wheel clean
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/python recipes/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m pytest --cov=timm_batchout --cov-report=term
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+quality: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: .venv/installed
+	$(BIN)/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf .venv build dist *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache

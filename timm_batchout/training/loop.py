@@ -37,6 +37,8 @@ from timm_batchout.training.objectives import Objective, make_objective
 
 __all__ = ['train']
 
+RECIPE = 'config.yaml'
+
 
 def train(config: TrainConfig) -> dict[str, Any]:
     """Train a model by a recipe; returns what it writes to ``result.json``.
@@ -58,7 +60,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.batch_size * accelerator.num_processes > len(train_split):
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(train_split)} images).')
     output = Path(config.output)
-    checkpoint = _open_run_folder(output, config)
+    checkpoint = _check_run_folder(output, config)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
+    if accelerator.is_main_process and not checkpoint:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RECIPE, config.to_yaml())
 
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -140,26 +146,24 @@ def _check_fit(model: nn.Module, split: Split) -> None:
     model.train()
 
 
-def _open_run_folder(output: Path, config: TrainConfig) -> Path | None:
-    """Create the run folder, or find the checkpoint to resume from."""
-    recipe = config.to_yaml()
-    recipe_file = output / 'config.yaml'
-    if config.resume:
-        checkpoint = newest_checkpoint(output)
-        if checkpoint is None:
-            raise ValueError(f'Nothing to resume: {str(output)!r} holds no checkpoint. Start without --resume.')
-        saved = [line for line in recipe_file.read_text().splitlines() if not line.startswith('resume:')]
-        asked = [line for line in recipe.splitlines() if not line.startswith('resume:')]
+def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from; None for a new run, whose folder must be free."""
+    if not config.resume:
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume true.')
+        return None
+    checkpoint = newest_checkpoint(output)
+    if checkpoint is None:
+        raise ValueError(f'Nothing to resume: {str(output)!r} holds no checkpoint. Start without --resume.')
+    saved, asked = (
+        [line for line in recipe.splitlines() if not line.startswith('resume:')]
+        for recipe in ((output / RECIPE).read_text(), config.to_yaml())
+    )
+    if saved != asked:
         pairs = zip_longest(saved, asked, fillvalue='')
         changes = [f'  saved {a.strip()!r}, asked for {b.strip()!r}' for a, b in pairs if a != b]
-        if saved != asked:
-            raise ValueError('The recipe differs from that of the run to resume:\n' + '\n'.join(changes))
-        return checkpoint
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume.')
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomically(recipe_file, recipe)
-    return None
+        raise ValueError('The recipe differs from that of the run to resume:\n' + '\n'.join(changes))
+    return checkpoint
 
 
 def _train_epoch(

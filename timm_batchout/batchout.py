@@ -18,16 +18,30 @@ __all__ = ['BatchOut', 'BatchOutConfig', 'batchout', 'gaussian_noise']
 Eta = float | tuple[float, float] | Tensor | tuple[Tensor, Tensor]
 
 
-class _Substitute(torch.autograd.Function):
-    """Some samples replaced by pushed ones; backward hands the upstream gradient itself to ``x``. Nothing is saved."""
+class _StraightThrough(torch.autograd.Function):
+    """The push, as a constant: backward hands the upstream gradient itself to ``x``. Nothing is saved for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pushed: Tensor, chosen: Tensor | None) -> Tensor:
-        return _substitute(x, pushed, chosen)
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
+        if chosen is not None:
+            return _push(x, target, weight, chosen)
+        n = target.shape[0]
+        out = torch.empty_like(x)
+        torch.lerp(x[:n], target, weight, out=out[:n])  # a third less memory traffic than clone and overwrite
+        out[n:] = x[n:]
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad, None, None, None
+
+
+def _push(x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
+    """Eq. 3, ``(1 - eta) * x_j + eta * target_j``, for the chosen samples (None: the first ones); differentiable."""
+    if chosen is not None:
+        return x.index_copy(0, chosen, torch.lerp(x[chosen], target, weight))
+    n = target.shape[0]
+    return torch.cat([torch.lerp(x[:n], target, weight), x[n:]])
 
 
 def batchout(
@@ -71,10 +85,9 @@ def batchout(
     weight = _draw_eta(eta, n if per_sample else 1, x)
     chosen = None if select == 'first' else torch.randperm(m, device=x.device)[:n]
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
-        clean = x[:n] if chosen is None else x[chosen]
-        pushed = torch.lerp(clean, x[partners], weight)  # Eq. 3: (1 - eta) * x + eta * x_r
-    return _Substitute.apply(x, pushed, chosen) if stop_gradient else _substitute(x, pushed, chosen)
+    if stop_gradient:
+        return _StraightThrough.apply(x, x.detach()[partners], weight, chosen)
+    return _push(x, x[partners], weight, chosen)
 
 
 def gaussian_noise(
@@ -97,13 +110,14 @@ def gaussian_noise(
     weight = _draw_eta(eta, n if per_sample else 1, x)
     chosen = None if select == 'first' else torch.randperm(x.shape[0], device=x.device)[:n]
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not stop_gradient):
-        clean = x[:n] if chosen is None else x[chosen]
-        noise = torch.randn_like(clean)
-        # Norms in float32 at least: the squares of half-precision activations overflow.
-        scale = _sample_norm(clean) / _sample_norm(noise)
-        pushed = clean + weight * scale.to(x.dtype) * noise
-    return _Substitute.apply(x, pushed, chosen) if stop_gradient else _substitute(x, pushed, chosen)
+    source = x.detach() if stop_gradient else x
+    clean = source[:n] if chosen is None else source[chosen]
+    noise = torch.randn_like(clean)
+    # A push toward a point at distance ||x_j||. Norms in float32 at least: half-precision squares overflow.
+    target = clean + (_sample_norm(clean) / _sample_norm(noise)).to(x.dtype) * noise
+    if stop_gradient:
+        return _StraightThrough.apply(x, target, weight, chosen)
+    return _push(x, target, weight, chosen)
 
 
 def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -> int:
@@ -127,15 +141,6 @@ def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:
     low, high = eta if isinstance(eta, tuple) else (eta, eta)
     # Drawn in float32 and on x's device. Bounds that are 0-d CPU tensors enter as scalars, without a device sync.
     return (torch.rand(shape, device=x.device) * (high - low) + low).to(x.dtype)
-
-
-def _substitute(x: Tensor, pushed: Tensor, chosen: Tensor | None) -> Tensor:
-    """``x`` with the chosen samples (None: the first ones) replaced by the pushed ones; differentiable."""
-    if chosen is not None:
-        return x.index_copy(0, chosen, pushed)
-    out = x.clone()
-    out[: pushed.shape[0]] = pushed
-    return out
 
 
 def _sample_norm(x: Tensor) -> Tensor:

@@ -29,7 +29,9 @@ def test_mnist_accuracy(name):
     card = CARDS[name]
     data = replace(DataConfig(**card['recipe']['data']), root=root_of(card['data']))
     split = load_split(data, train=False)
-    assert evaluate(timm.create_model(name, pretrained=True), split.images, split.labels)['clean'] == card['test']['clean']
+    assert (
+        evaluate(timm.create_model(name, pretrained=True), split.images, split.labels)['clean'] == card['test']['clean']
+    )
 
 
 @pytest.mark.slow

@@ -49,17 +49,16 @@ def table(cards: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of bundled models: clean test accuracy, and FGSM robust accuracy at every epsilon measured."""
     lines = []
     header: list[str] = []
-    for name, card in cards.items():
+    # By data set; within it the plain nets first.
+    order = sorted(cards, key=lambda name: (cards[name]['data'], name.startswith('batchout_'), name))
+    for name in order:
+        card = cards[name]
         epsilons = list(card['test']['fgsm'])
         if epsilons != header:
             header = epsilons
-            lines += [
-                '',
-                f'| {card["data"]}, n = {card["test"]["n"]} | clean | '
-                + ' | '.join(f'FGSM {e}' for e in header)
-                + ' |',
-            ]
-            lines += ['|---|' + '---|' * (len(header) + 1)]
+            columns = [f'{card["data"]}, n = {card["test"]["n"]}', 'clean', *(f'FGSM {epsilon}' for epsilon in header)]
+            lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
         scores = [card['test']['clean'], *card['test']['fgsm'].values()]
-        lines.append(f'| `{name}` | ' + ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores) + ' |')
+        percents = ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores)
+        lines.append(f'| `{name}` | {percents} |')
     return '\n'.join(lines).strip()

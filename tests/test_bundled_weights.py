@@ -60,8 +60,9 @@ def test_verify_tells_a_difference(monkeypatch, capsys):
 
 
 def test_robust_accuracy_falls_with_epsilon():
-    for card in CARDS.values():
+    for name, card in CARDS.items():
         scores = [card['test']['clean'], *card['test']['fgsm'].values()]
         counts = [score['correct'] for score in scores]
-        assert counts == sorted(counts, reverse=True)
+        # Nets trained on FGSM images learn to recognise them (label leaking), so theirs may rise; README says so.
+        assert 'fgsm_at' in name or counts == sorted(counts, reverse=True)
         assert all(score['accuracy'] == score['correct'] / card['test']['n'] for score in scores)

@@ -114,10 +114,10 @@ def test_gaussian_noise_equals_equation_5():
 @pytest.mark.parametrize('eta', [0.1, (0.0, 0.1), torch.tensor(0.1)])
 def test_dtype_device_and_strides_are_kept(method, dtype, eta):
     for x in (
-        torch.randn(6, 4, 5, 5),
-        torch.randn(6, 4, 5, 5).to(memory_format=torch.channels_last),
-        torch.randn(6, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
-        torch.randn(4, 6).t(),
+        torch.randn(16, 4, 5, 5),
+        torch.randn(16, 4, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(16, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
+        torch.randn(4, 16).t(),
     ):
         x = x.to(dtype)
         out = method(x, eta=eta)

@@ -47,7 +47,7 @@ def layers(name):
     def record(module_name, module):
         def hook(module, args, out):
             if module_name in sites:
-                lines.append(f'BatchOut {sites[module_name].config.k} {sites[module_name].eta}')
+                lines.append(f'BatchOut {sites[module_name].k} {sites[module_name].eta}')
             if isinstance(module, nn.Conv2d):
                 lines.append(f'Conv {module.kernel_size[0]} {module.out_channels} {module.stride[0]}')
             elif isinstance(module, nn.Linear):
@@ -103,12 +103,12 @@ def test_listed_by_timm():
 
 def test_overrides():
     model = timm.create_model('batchout_cifar_vgg', k=0.3, eta=0.2)
-    assert {(s.config.k, s.eta) for s in batchout_sites(model).values()} == {(0.3, 0.2)}
+    assert {(s.k, s.eta) for s in batchout_sites(model).values()} == {(0.3, 0.2)}
     assert len(batchout_sites(model)) == 7
     model = timm.create_model('batchout_cifar_vgg', eta={'pre_logits.*': 0.4}, noise='gaussian', stop_gradient=False)
     assert {n: s.eta for n, s in batchout_sites(model).items()} == {'pre_logits.act1': 0.4, 'pre_logits.act2': 0.4}
-    config = batchout_sites(model)['pre_logits.act1'].config
-    assert (config.noise, config.stop_gradient) == ('gaussian', False)
+    layer = batchout_sites(model)['pre_logits.act1']
+    assert (layer.noise, layer.stop_gradient) == ('gaussian', False)
     with pytest.raises(ValueError, match='matches no activation site'):
         timm.create_model('batchout_cifar_vgg', eta={'blocks.*': 0.1})
     with pytest.raises(ValueError, match='k is the share'):

@@ -7,7 +7,7 @@ toward other samples of the same batch; the push is a constant to backward; at t
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -250,21 +250,27 @@ class BatchOut(nn.Module):
         if isinstance(eta, Mapping):
             raise ValueError(f'One BatchOut layer takes one eta, a number or a (low, high) pair, got {eta!r}.')
         config = BatchOutConfig(k, eta, noise, per_sample=per_sample, select=select, stop_gradient=stop_gradient)
-        self.config = config
-        self.eta_low, self.eta_high = (torch.tensor(bound, dtype=torch.float32) for bound in _bounds(config.eta))
-        self.active = config.eta != 0  # a flag of its own: a compiled net guards on it, and not on eta's value
+        self.k = k
+        self.noise = noise
+        self.per_sample = per_sample
+        self.select = select
+        self.stop_gradient = stop_gradient
+        self._eta = config.eta
+        self.eta_low, self.eta_high = (torch.tensor(bound, dtype=torch.float32) for bound in _bounds(self._eta))
+        # What forward reads beside the tensors never changes with eta, but for this flag: dynamo guards on all of it.
+        self.active = self._eta != 0
 
     def set_eta(self, eta: float | tuple[float, float]) -> None:
         """Change the magnitude, in place: a number or a (low, high) pair."""
-        self.config = replace(self.config, eta=eta)
-        for tensor, bound in zip((self.eta_low, self.eta_high), _bounds(self.config.eta), strict=True):
+        self._eta = _as_eta(eta)
+        for tensor, bound in zip((self.eta_low, self.eta_high), _bounds(self._eta), strict=True):
             tensor.fill_(bound)
-        self.active = self.config.eta != 0
+        self.active = self._eta != 0
 
     @property
     def eta(self) -> float | tuple[float, float]:
         """The magnitude: a number, or the (low, high) pair it is drawn from."""
-        return self.config.eta
+        return self._eta
 
     def forward(self, x: Tensor) -> Tensor:
         return self.augment(x, self.training)
@@ -272,14 +278,13 @@ class BatchOut(nn.Module):
     def augment(self, x: Tensor, training: bool) -> Tensor:
         if not training or not self.active:
             return x
-        config = self.config
-        return _METHODS[config.noise](
+        return _METHODS[self.noise](
             x,
-            config.k,
+            self.k,
             (self.eta_low, self.eta_high),
-            per_sample=config.per_sample,
-            select=config.select,
-            stop_gradient=config.stop_gradient,
+            per_sample=self.per_sample,
+            select=self.select,
+            stop_gradient=self.stop_gradient,
         )
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -288,8 +293,8 @@ class BatchOut(nn.Module):
         return (self.augment(args[0], module.training), *args[1:])
 
     def extra_repr(self) -> str:
-        c = self.config
-        return f'k={c.k}, eta={c.eta}, noise={c.noise!r}' + ('' if c.stop_gradient else ', stop_gradient=False')
+        control = '' if self.stop_gradient else ', stop_gradient=False'
+        return f'k={self.k}, eta={self.eta}, noise={self.noise!r}{control}'
 
 
 def _bounds(eta: Any) -> tuple[float, float]:

@@ -135,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     run, config_class = COMMANDS[name]
     try:
         return run(parse(config_class, arguments, f'timm-batchout {name}'))
+    except ImportError as error:
+        return _fail(f'{error.name} is missing: pip install "timm-batchout[train]"')
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -147,10 +149,8 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     Raises:
         ValueError: An unknown key (the nearest valid one is named) or a value of the wrong type.
     """
-    try:
-        from jsonargparse import ActionConfigFile, ArgumentParser
-    except ImportError as error:
-        raise ValueError('jsonargparse is missing: pip install "timm-batchout[train]"') from error
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(config_class.__doc__ or '').splitlines()[0])
     parser.add_argument('--config', action=ActionConfigFile, help='YAML file; later files and flags override it')
     parser.add_class_arguments(config_class)

@@ -45,6 +45,8 @@ def load_data(config: DataConfig) -> tuple[Split, Split, Split]:
         count = round(config.val_fraction * len(members))
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     train, val = whole.subset(~held_out), whole.subset(held_out)
+    if len(val) == 0:
+        raise ValueError(f'data.val_fraction={config.val_fraction} holds out no image. Raise it.')
     return train, val, load_split(config, train=False)
 
 

@@ -61,11 +61,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(train_split)} images).')
     output = Path(config.output)
     checkpoint = _check_run_folder(output, config)
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
-    if accelerator.is_main_process and not checkpoint:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / RECIPE, config.to_yaml())
-
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optimizer = timm.optim.create_optimizer_v2(
@@ -88,9 +83,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     test_loader = _loader(test_split, config.eval_batch_size, accelerator, config)
     model, optimizer = accelerator.prepare(model, optimizer)
 
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
+    if accelerator.is_main_process and not checkpoint:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RECIPE, config.to_yaml())
     first_epoch = restore_checkpoint(accelerator, checkpoint) if checkpoint else 0
     metrics = _read_metrics(output, first_epoch)
-    started = time.perf_counter()
     for epoch in range(first_epoch, config.epochs):
         record = _train_epoch(model, loader, objective, optimizer, schedule, accelerator, epoch, config.epochs)
         record |= evaluate(accelerator.unwrap_model(model), val_loader, prefix='val_')
@@ -112,7 +110,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         'seed': config.seed,
         'metrics': {**_final(metrics), **test},
         'recipe': {k: v for k, v in asdict(config).items() if k not in ('output', 'resume')},
-        'seconds': round(time.perf_counter() - started, 1),
+        'seconds': round(sum(record['seconds'] for record in metrics), 1),
         'environment': environment(accelerator.device),
     }
     if accelerator.is_main_process:
@@ -135,6 +133,12 @@ def _check_fit(model: nn.Module, split: Split) -> None:
     classes = int(model.num_classes)  # type: ignore[arg-type]
     if classes < labels:
         raise ValueError(f'The model has {classes} classes, the data {labels}: set model_args.num_classes={labels}.')
+    cfg: Any = model.pretrained_cfg
+    if any(cfg['mean']) or any(std != 1 for std in cfg['std']):
+        raise ValueError(
+            f'This loop feeds pixels in [0, 1]; the model expects mean {cfg["mean"]} and std {cfg["std"]}. '
+            'To train it on pixels: model_args.pretrained_cfg_overlay={mean: [0, 0, 0], std: [1, 1, 1]}.'
+        )
     try:
         with torch.no_grad():
             model.eval()(split.images[:2].float() / 255)

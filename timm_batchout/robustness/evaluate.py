@@ -52,11 +52,13 @@ def evaluate(
         the last one is the share of images whose input gradient is exactly zero: above 0, FGSM cannot be trusted.
 
     Raises:
-        ValueError: No images, or images outside [0, 1]; an epsilon outside [0, 1].
+        ValueError: No images, images without labels or outside [0, 1]; an epsilon outside [0, 1].
     """
     radii = {str(epsilon): parse_epsilon(epsilon) for epsilon in epsilons}
     if len(images) == 0:
         raise ValueError('There are no images to evaluate on.')
+    if len(images) != len(labels):
+        raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
     if images.is_floating_point() and (images.min() < 0 or images.max() > 1):
         raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
     was_training = model.training

@@ -294,6 +294,14 @@ def test_nan_loss_stops_with_the_step(tmp_path, capsys):
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
 
 
+def test_list_prints_the_table_without_the_extra_packages(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'jsonargparse', None)
+    assert main(['list']) == 0
+    assert '`batchout_cifar_vgg.cifar10`' in capsys.readouterr().out
+    assert main(['train', '--epochs', '1']) == 2
+    assert 'jsonargparse is missing: pip install' in capsys.readouterr().err
+
+
 def test_command_line_without_or_with_a_wrong_command(capsys):
     assert main(['--help']) == 0
     assert 'train' in capsys.readouterr().out

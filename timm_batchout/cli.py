@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,8 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     Raises:
         ValueError: An unknown key (the nearest valid one is named) or a value of the wrong type.
     """
+    if not arguments and not fields(config_class):
+        return config_class()  # nothing to parse: `list` works without the extra packages
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(config_class.__doc__ or '').splitlines()[0])

@@ -127,7 +127,8 @@ def test_objectives_and_options_learn(tmp_path, model, extra):
     first, last = lines(tmp_path / 'run')
     assert last['train_loss'] < first['train_loss']
     assert last['val_accuracy'] > 0.3  # chance is 0.1
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / 'run' / 'model.safetensors').values())
+    weights = load_file(tmp_path / 'run' / 'model.safetensors').values()
+    assert {tensor.dtype for tensor in weights if tensor.is_floating_point()} == {torch.float32}
 
 
 def test_fgsm_training_sees_half_a_batch_of_attacks_on_the_eval_mode_net():

@@ -218,7 +218,7 @@ def test_export_in_eval(name):
 
 def test_data_config():
     config = resolve_model_data_config(timm.create_model('cifar_vgg'))
-    assert (config['input_size'], config['mean'], config['std']) == ((3, 32, 32), (0.0,), (1.0,))
+    assert (config['input_size'], config['mean'], config['std']) == ((3, 32, 32), (0.0,) * 3, (1.0,) * 3)
 
 
 def test_wrong_images_are_named():

@@ -263,11 +263,12 @@ _mnist_cnn = partial(PaperNet, channels=((32,), (32,)), kernel_size=5, hidden=(2
 _cifar_vgg = partial(PaperNet, channels=((32, 64), (64, 64, 64)), kernel_size=3, hidden=(512, 512))
 
 
-def _cfg(name: str, **kwargs: Any) -> dict[str, Any]:
+def _cfg(name: str, input_size: tuple[int, int, int], **kwargs: Any) -> dict[str, Any]:
     """A pretrained cfg; its weights file and notes come from the JSON that the training run left beside the weights."""
     return dict(
-        mean=(0.0,),
-        std=(1.0,),
+        input_size=input_size,
+        mean=(0.0,) * input_size[0],
+        std=(1.0,) * input_size[0],
         num_classes=10,
         fixed_input_size=True,
         crop_pct=1.0,

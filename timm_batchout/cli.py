@@ -158,9 +158,7 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     parser.add_class_arguments(config_class)
     try:
         parsed = parser.parse_args(arguments)
-    except SystemExit:
-        raise
-    except Exception as error:  # jsonargparse raises argparse's errors and some of its own
+    except Exception as error:  # --help's SystemExit is none; jsonargparse raises argparse's errors and some of its own
         unknown = re.search(r"[Oo]ption '([\w.]+)'|arguments: --([\w.]+)", str(error))
         keys = [action.dest for action in parser._actions]
         hint = _nearest(next(filter(None, unknown.groups())), keys) if unknown else ''

@@ -3,6 +3,7 @@
 from timm_batchout.batchout import BatchOut, BatchOutConfig, batchout, gaussian_noise
 from timm_batchout.inject import add_batchout, batchout_sites, remove_batchout
 from timm_batchout.zoo import paper_nets as _paper_nets  # noqa: F401  (registers mnist_cnn, cifar_vgg and twins)
+from timm_batchout.zoo.timm_twins import register_twins
 
 __version__ = '0.1.0'
 
@@ -13,5 +14,6 @@ __all__ = [
     'batchout',
     'batchout_sites',
     'gaussian_noise',
+    'register_twins',
     'remove_batchout',
 ]

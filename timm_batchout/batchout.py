@@ -181,7 +181,8 @@ class BatchOutConfig:
         eta: Magnitude for all sites: a number or a (low, high) pair. Or a mapping from site names or globs to
             magnitudes; then only the sites it names are used, and the last pattern that matches a site decides.
         noise: 'batchout' (Eq. 2) or 'gaussian' (Eq. 5).
-        sites: 'act' for every activation of the net (see ``timm_batchout.sites``), or a tuple of site names or globs.
+        sites: 'act' for the input of every activation of the net (see ``timm_batchout.sites``), names or globs of
+            such activations, or 'block' or 'stage' for the input of every block or stage of a timm net.
         per_sample: One eta per augmented sample, or one per call.
         select: Augment the 'first' samples or a 'random' choice.
         stop_gradient: Treat the push as a constant in backward.
@@ -193,7 +194,7 @@ class BatchOutConfig:
     k: float = 0.5
     eta: Any = 0.1  # float | (low, high) | {pattern: float | (low, high)}
     noise: Literal['batchout', 'gaussian'] = 'batchout'
-    sites: Any = 'act'  # 'act' | sequence of globs
+    sites: Any = 'act'  # 'act' | 'block' | 'stage' | sequence of globs
     per_sample: bool = True
     select: Literal['first', 'random'] = 'first'
     stop_gradient: bool = True
@@ -211,8 +212,10 @@ class BatchOutConfig:
         if self.select not in ('first', 'random'):
             raise ValueError(f"select must be 'first' or 'random', got {self.select!r}.")
         if isinstance(self.sites, str):
-            if self.sites != 'act':
-                raise ValueError(f"sites must be 'act' or a list of site names or globs, got {self.sites!r}.")
+            if self.sites not in ('act', 'block', 'stage'):
+                raise ValueError(
+                    f"sites must be 'act', 'block', 'stage' or a list of site names or globs, got {self.sites!r}."
+                )
         else:
             object.__setattr__(self, 'sites', tuple(self.sites))
 
@@ -259,6 +262,8 @@ class BatchOut(nn.Module):
         self.eta_low, self.eta_high = (torch.tensor(bound, dtype=torch.float32) for bound in _bounds(self._eta))
         # What forward reads beside the tensors never changes with eta, but for this flag: dynamo guards on all of it.
         self.active = self._eta != 0
+        # Set by add_batchout inside of windowed blocks: its value is the number of images that the rows belong to.
+        self.images: Any = None
 
     def set_eta(self, eta: float | tuple[float, float]) -> None:
         """Change the magnitude, in place: a number or a (low, high) pair."""
@@ -290,7 +295,19 @@ class BatchOut(nn.Module):
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Forward pre-hook of an activation. A bound method, so that copies of a net carry copies of it."""
         # The hooked module's own flag: this object is no submodule of the net, so train() and eval() pass it by.
-        return (self.augment(args[0], module.training), *args[1:])
+        if not module.training:
+            return args
+        x = args[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f'{type(module).__name__} takes a {type(x).__name__}, not one tensor, so BatchOut cannot augment its '
+                "input. Use sites='act', or a list of activations by name or glob."
+            )
+        if self.images is None or self.images.value == x.shape[0]:
+            return (self.augment(x, True), *args[1:])
+        # (images * windows, ...): all windows of an image are pushed toward the same windows of its partner.
+        windows = x.unflatten(0, (self.images.value, -1))
+        return (self.augment(windows, True).flatten(0, 1), *args[1:])
 
     def extra_repr(self) -> str:
         control = '' if self.stop_gradient else ', stop_gradient=False'

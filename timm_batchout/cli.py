@@ -16,6 +16,7 @@ from timm_batchout.robustness.evaluate import evaluate, parse_epsilon
 from timm_batchout.training.config import DataConfig, TrainConfig
 from timm_batchout.training.data import data_label, load_split
 from timm_batchout.zoo import weights
+from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['main']
 
@@ -181,6 +182,7 @@ def _fail(message: str) -> int:
 
 def _load(name: str, checkpoint: str) -> Any:
     """A model by name, with its pretrained weights or those of a safetensors file."""
+    check_model_name(name)
     if not checkpoint:
         return timm.create_model(name, pretrained=True)
     if not checkpoint.endswith('.safetensors'):

@@ -1,14 +1,14 @@
-"""BatchOut into any net, by forward pre-hooks on its activations: same parameters, state_dict and eval logits."""
+"""BatchOut into any net, by forward pre-hooks: same parameters, state_dict keys and eval logits."""
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from timm_batchout.batchout import BatchOut, BatchOutConfig
-from timm_batchout.sites import activation_sites, match_sites
+from timm_batchout.sites import ImageCount, activation_sites, block_sites, match_sites, windowed_blocks
 
 __all__ = ['add_batchout', 'batchout_sites', 'remove_batchout']
 
@@ -16,43 +16,51 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 
 
 def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
-    """Hook BatchOut before the activations of a net, in place.
+    """Hook BatchOut before the activations of a net (or its blocks or stages), in place.
 
-    Attach before ``torch.compile``: hooks added after the first compiled call never fire.
+    A sample is an image: where a block folds the windows of an image into the batch dimension, all of them are pushed
+    toward the windows of one partner image. Attach before ``torch.compile``: hooks added after the first compiled call never fire.
 
     Args:
-        model: Any net with activation modules (``nn.ReLU``, ``nn.GELU``, timm's own, ...).
+        model: Any net with activation modules (``nn.ReLU``, ``nn.GELU``, timm's own, ...). ``sites='block'`` and
+            'stage' need timm's ``group_matcher``.
         config: What to hook in, and where. None: the paper's k = 0.5 with eta = 0.1 at every activation.
 
     Returns:
         The same model, to chain.
 
     Raises:
-        ValueError: The model has BatchOut already, is compiled or scripted, or has no activation module; a pattern in
-            ``config.sites`` or ``config.eta`` matches no site. The model is left untouched.
+        ValueError: The model has BatchOut already, is compiled or scripted, or has no site of the kind asked for; a
+            pattern in ``config.sites`` or ``config.eta`` matches no site. The model is left untouched.
     """
     config = BatchOutConfig() if config is None else config
     if hasattr(model, '_orig_mod') or isinstance(model, torch.jit.ScriptModule):
         raise ValueError('The model is compiled or scripted, so new hooks would never fire. Call add_batchout first.')
     if batchout_sites(model):
         raise ValueError('This model has BatchOut already. Call remove_batchout(model) first to change it.')
-    sites = activation_sites(model)
-    if not sites:
-        raise ValueError(
-            f'{type(model).__name__} has no activation module to hook BatchOut to (activations called as functions '
-            'are invisible to hooks). Put nn.ReLU modules in the net, or use the BatchOut layer in its forward.'
-        )
+    sites = _find_sites(model, config)
     etas = _eta_by_site(config, list(sites))  # checks every pattern before the first hook is added
+    counts = {f'{name}.': ImageCount() for name, _ in windowed_blocks(model)}
     for name, eta in etas.items():
-        layer_config = replace(config, eta=eta)
-        sites[name].register_forward_pre_hook(_layer(layer_config).pre_hook)
+        layer = _layer(replace(config, eta=eta))
+        layer.images = next((count for prefix, count in counts.items() if name.startswith(prefix)), None)
+        sites[name].register_forward_pre_hook(layer.pre_hook)
+    for prefix, count in counts.items():
+        model.get_submodule(prefix[:-1]).register_forward_pre_hook(count.pre_hook)
     return model
 
 
 def remove_batchout(model: ModelT) -> ModelT:
-    """Take every BatchOut hook off again, in place; other hooks stay. A model without any is returned as it is."""
-    for _, module, hook_id, _ in _hooks(model):
+    """Take every BatchOut hook off again, in place; other hooks stay. A model without any is returned as it is.
+
+    BatchOut's arguments also leave what timm remembers of ``create_model``'s, so that
+    ``timm.models.push_to_hf_hub(remove_batchout(model), ...)`` publishes a plain net that loads without this package.
+    """
+    for _, module, hook_id, _ in _hooks(model, (BatchOut, ImageCount)):
         del module._forward_pre_hooks[hook_id]
+    if hasattr(model, '_model_args'):
+        ours = {field.name for field in fields(BatchOutConfig)}
+        model._model_args = {name: value for name, value in model._model_args.items() if name not in ours}
     return model
 
 
@@ -61,13 +69,33 @@ def batchout_sites(model: nn.Module) -> dict[str, BatchOut]:
 
     ``batchout_sites(model)['act1'].set_eta(0.2)`` changes one site; for a plain net the dict is empty.
     """
-    return {name: layer for name, _, _, layer in _hooks(model)}
+    return {name: layer for name, _, _, layer in _hooks(model, (BatchOut,))}
+
+
+def _find_sites(model: nn.Module, config: BatchOutConfig) -> dict[str, nn.Module]:
+    """The modules that the config's placement is about, by name."""
+    net = type(model).__name__
+    if config.sites in ('block', 'stage'):
+        sites = block_sites(model, coarse=config.sites == 'stage')
+        if not sites:
+            raise ValueError(
+                f'{net} has no {config.sites}s that timm numbers and that hold an activation, so there is no place for '
+                f"sites={config.sites!r}. Use sites='act', or a list of activations by name or glob."
+            )
+        return sites
+    sites = activation_sites(model)
+    if not sites:
+        raise ValueError(
+            f'{net} has no activation module to hook BatchOut to (activations called as functions are invisible to '
+            'hooks). Put nn.ReLU modules in the net, or use the BatchOut layer in its forward.'
+        )
+    return sites
 
 
 def _eta_by_site(config: BatchOutConfig, names: list[str]) -> dict[str, object]:
     """Site name -> eta, in the net's order, for the sites that the config asks for."""
     wanted = list(names)
-    if config.sites != 'act':
+    if not isinstance(config.sites, str):
         chosen = {name for pattern in config.sites for name in match_sites(pattern, names)}
         wanted = [name for name in names if name in chosen]
     if not isinstance(config.eta, dict):
@@ -87,10 +115,10 @@ def _layer(config: BatchOutConfig) -> BatchOut:
     )
 
 
-def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, BatchOut]]:
-    """Every BatchOut hook of a net: module name, module, hook id, layer."""
+def _hooks(model: nn.Module, owners: tuple[type, ...]) -> Iterator[tuple[str, nn.Module, int, Any]]:
+    """The hooks that are methods of such objects: module name, module, hook id, object."""
     for name, module in model.named_modules():
         for hook_id, hook in list(module._forward_pre_hooks.items()):
-            layer = getattr(hook, '__self__', None)
-            if isinstance(layer, BatchOut):
-                yield name, module, hook_id, layer
+            owner = getattr(hook, '__self__', None)
+            if isinstance(owner, owners):
+                yield name, module, hook_id, owner

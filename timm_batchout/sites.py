@@ -1,16 +1,22 @@
-"""Where BatchOut goes: the activation sites of a net.
+"""Where BatchOut goes: the sites of a net.
 
 The paper augments "pre-relu activations" (section 6.1) after every convolution and fully connected layer. Carried over
 to any net: the input of every activation module. Gates are left out: a sigmoid, or an activation inside a channel
-attention block, computes a weight for features, not features.
+attention block, computes a weight for features, not features. Layers that compute position biases are left out too:
+the rows of their input are positions, not images.
+
+The other placement, one site per block or per stage, is the input of each of timm's blocks or stages.
 """
 
+import re
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 from timm.layers import activations as timm_activations
 from torch import nn
 
-__all__ = ['activation_sites', 'match_sites']
+__all__ = ['ImageCount', 'activation_sites', 'block_sites', 'match_sites', 'windowed_blocks']
 
 # Softmax, Sigmoid, Tanh and their hard versions are gates or normalisers wherever timm's backbones use them.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -20,12 +26,22 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = (
     timm_activations.PReLU, timm_activations.GELU, timm_activations.GELUTanh, timm_activations.QuickGELU,
 )  # fmt: skip
 
+# Activations of timm's models, and norms with an activation in their formula: their site is the input of the norm.
+_ACTIVATION_NAMES = ('GammaAct', 'EvoNorm2d*', 'FilterResponseNormTlu2d', 'InplaceAbn')
+
 # Channel attention of timm, by class name: the classes are spread over many model files.
 _ATTENTION = (
     '*SqueezeExcite*', 'SE', 'SEModule', 'SEBlock', 'SqueezeExciteCl', 'EffectiveSEModule', '*ChannelAttn*',
     'ChannelGate', 'CbamModule', 'LightCbamModule', 'EcaModule', 'CecaModule', 'GatherExcite', 'GlobalContext',
     'SelectiveKernelAttn', 'SplitAttn',
 )  # fmt: skip
+
+# Small nets that turn relative positions into attention biases: a class, and two attributes of Swin V2's attention.
+_POSITION = ('RelPosMlp',)
+_POSITION_ATTRIBUTES = ('cpb_mlp', 'meta_mlp')
+
+# Blocks inside of which an image is several rows of the batch: B images become B * windows rows, image by image.
+_WINDOWED = ('mobilevit.MobileVitBlock', 'efficientvit_msra.LocalWindowAttention', 'tnt.Block')
 
 
 def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
@@ -35,15 +51,74 @@ def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
     The net itself is never a site, even when it is an activation.
     """
     sites: dict[str, nn.Module] = {}
-    attention: list[str] = []
+    left_out: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if any(name.startswith(prefix) for prefix in attention):
+        if not name or name.startswith(left_out):
             continue
-        if name and any(fnmatchcase(type(module).__name__, pattern) for pattern in _ATTENTION):
-            attention.append(f'{name}.')
-        elif name and isinstance(module, _ACTIVATIONS):
+        if _is_left_out(name, module):
+            left_out += (f'{name}.',)
+        elif _is_activation(module):
             sites[name] = module
     return sites
+
+
+def _is_left_out(name: str, module: nn.Module) -> bool:
+    return name.rpartition('.')[2] in _POSITION_ATTRIBUTES or _is_called(module, _ATTENTION + _POSITION)
+
+
+def _is_activation(module: nn.Module) -> bool:
+    if isinstance(module, _ACTIVATIONS):
+        return True
+    # apply_act: timm's norms can be told to leave their activation out
+    return _is_called(module, _ACTIVATION_NAMES) and bool(getattr(module, 'apply_act', True))
+
+
+def _is_called(module: nn.Module, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(type(module).__name__, pattern) for pattern in patterns)
+
+
+def block_sites(model: nn.Module, coarse: bool = False) -> dict[str, nn.Module]:
+    """The blocks of a timm net (coarse: its stages) by name, in registration order.
+
+    They are what ``model.group_matcher(coarse)`` numbers, timm's own notion of depth; of those, the modules that hold
+    an activation site. Empty for a net without ``group_matcher``, and for one whose blocks are single layers (VGG).
+    """
+    if not hasattr(model, 'group_matcher'):
+        return {}
+    matcher: Any = model.group_matcher(coarse=coarse)
+    if callable(matcher) or 'blocks' not in matcher:  # Inception V3 groups by a function, HRNet knows a stem only
+        return {}
+    blocks = matcher['blocks']
+    patterns = [blocks] if isinstance(blocks, str) else [pattern for pattern, _ in blocks]
+    numbered = [re.compile(pattern) for pattern in patterns if r'\d' in pattern]
+    modules = dict(model.named_modules())
+    activations = activation_sites(model)
+    sites: dict[str, nn.Module] = {}
+    for parameter, _ in model.named_parameters():
+        match = next(filter(None, (pattern.match(parameter) for pattern in numbered)), None)
+        name = match.group(0) if match else ''
+        if name in modules and name not in sites and any(act.startswith(f'{name}.') for act in activations):
+            sites[name] = modules[name]
+    return sites
+
+
+def windowed_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks that fold windows of an image into the batch dimension, with their names."""
+    for name, module in model.named_modules():
+        kind = f'{type(module).__module__.rpartition(".")[2]}.{type(module).__name__}'
+        if name and kind in _WINDOWED:
+            yield name, module
+
+
+class ImageCount:
+    """How many images a windowed block was given, for the sites inside it: they may see more rows than images."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # A TNT block takes the pixels of all windows first and the patches of the images second.
+        self.value = min(arg.shape[0] for arg in args if hasattr(arg, 'shape'))
 
 
 def match_sites(pattern: str, names: list[str]) -> list[str]:

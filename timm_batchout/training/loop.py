@@ -34,6 +34,7 @@ from timm_batchout.training.checkpoints import newest_checkpoint, restore_checkp
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.data import Split, TensorLoader, data_label, load_data
 from timm_batchout.training.objectives import Objective, make_objective
+from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['train']
 
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         FloatingPointError: The loss became NaN or infinite.
     """
     config.validate()
+    check_model_name(config.model)
     objective = make_objective(config.objective)
     train_split, val_split, test_split = load_data(config.data)
     AcceleratorState._reset_state()  # else a second run in one process could not choose another precision

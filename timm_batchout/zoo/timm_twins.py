@@ -1,0 +1,153 @@
+"""``batchout_<arch>`` for every architecture that timm knows: timm's own net, with BatchOut hooked in.
+
+``timm.create_model('batchout_resnet50.a1_in1k', pretrained=True)`` is timm's ``resnet50.a1_in1k``: same weights, same
+state_dict keys, same logits in eval; its features are augmented while it trains.
+"""
+
+import difflib
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+import timm
+import torch
+from timm.layers import is_scriptable
+from timm.models import model_entrypoint, register_model
+from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs  # the public getters copy: 0.2 s for all
+from torch import nn
+
+from timm_batchout.batchout import BatchOutConfig
+from timm_batchout.inject import add_batchout, batchout_sites
+
+__all__ = ['check_model_name', 'create_twin', 'depth_scaled_eta', 'register_twins']
+
+_logger = logging.getLogger(__name__)
+
+PREFIX = 'batchout_'
+_OPTIONS = tuple(field.name for field in fields(BatchOutConfig))
+
+# timm's register_model looks the pretrained cfgs of a model up here.
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+def register_twins(names: Iterable[str] | None = None) -> list[str]:
+    """Register ``batchout_<arch>`` with timm, with every pretrained tag of the base.
+
+    Importing ``timm_batchout`` does it for all that is registered by then; call it again after importing another
+    package that registers models. Architectures that have a twin keep it.
+
+    Args:
+        names: Architectures; None: all that timm lists, without deprecated names.
+
+    Returns:
+        The names of the new twins.
+
+    Raises:
+        ValueError: An architecture that timm does not know (the nearest is named), or that is a twin itself.
+    """
+    names = timm.list_models() if names is None else [_check_base_name(name) for name in names]
+    twins = [_register(name) for name in names if not name.startswith(PREFIX) and not timm.is_model(PREFIX + name)]
+    _logger.debug(f'{len(twins)} twins registered.')
+    return twins
+
+
+def check_model_name(name: str) -> None:
+    """Say what is wrong with a model name, and what may be meant, before timm says that it does not know it.
+
+    Raises:
+        ValueError: No such architecture, or a twin of a twin.
+    """
+    arch = name.partition('.')[0]
+    if ':' in name or timm.is_model(arch):
+        return
+    _check_base_name(arch.removeprefix(PREFIX))
+    raise ValueError(f'{arch!r} is not registered yet: call timm_batchout.register_twins() first.')
+
+
+def create_twin(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """timm's ``arch`` with BatchOut hooked in; what every ``batchout_<arch>`` calls.
+
+    Args:
+        arch: The base architecture.
+        pretrained: Load the weights of the base.
+        **kwargs: Fields of ``BatchOutConfig`` (``k``, ``eta``, ``noise``, ``sites``, ...) say what to hook in, and
+            where; the rest goes to the base.
+
+    Raises:
+        ValueError: A value out of range, a net without sites, a pattern that matches none: before weights are loaded.
+    """
+    config = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+    BatchOutConfig(**config)  # values out of range, before any work
+    cfg = kwargs.get('pretrained_cfg')
+    if isinstance(cfg, PretrainedCfg):
+        cfg = cfg.to_dict()
+    if isinstance(cfg, dict):  # a cfg of the twin's own: what is saved from this net is the base's architecture
+        kwargs['pretrained_cfg'] = {**cfg, 'architecture': arch}
+    create_base = model_entrypoint(arch)
+    if is_scriptable():
+        # TorchScript cannot compile hooks. It is for inference, where BatchOut is the identity.
+        _logger.warning(f'{PREFIX}{arch} is made scriptable: BatchOut is left out, so do not train this one.')
+        return create_base(pretrained=pretrained, **kwargs)
+    if pretrained:
+        with torch.device('meta'):  # shapes only: bad sites are found before weights are downloaded
+            _hook(create_base(pretrained=False, **kwargs), config)
+    return _hook(create_base(pretrained=pretrained, **kwargs), config)
+
+
+def depth_scaled_eta(sites: int) -> tuple[float, float]:
+    """The range of eta, from 0 up, at which so many sites push as much in total as the 7 of the paper's CIFAR-10 net.
+
+    Pushes at different depths have independent directions, so their squares add: the total is the root of the sum of
+    the mean squares of eta. For the paper's net (appendix, table 2: four sites up to 0.1, three up to 0.15) it is 0.19.
+
+    Args:
+        sites: How many sites share that total.
+
+    Returns:
+        (0.0, high).
+    """
+    paper = 4 * 0.1**2 + 3 * 0.15**2  # the mean square of a uniform draw from [0, high] is high ** 2 / 3
+    return 0.0, math.sqrt(paper / sites)
+
+
+def _hook(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+    add_batchout(model, BatchOutConfig(**options))
+    if 'eta' not in options:
+        layers = batchout_sites(model).values()
+        for layer in layers:
+            layer.set_eta(depth_scaled_eta(len(layers)))
+    return model
+
+
+def _register(arch: str) -> str:
+    def twin(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_twin(arch, pretrained, **kwargs)
+
+    name = PREFIX + arch
+    twin.__name__ = twin.__qualname__ = name
+    twin.__doc__ = f"timm's {arch} with BatchOut hooked in: see ``create_twin`` for the arguments."
+    setattr(sys.modules[__name__], name, twin)  # where pickle looks a function up
+    if arch in _model_default_cfgs:
+        base = _model_default_cfgs[arch]
+        # The registered cfgs name the base's Hub repository in full; those of the module may say 'timm/' only.
+        cfgs = {tag: _model_pretrained_cfgs[f'{arch}.{tag}' if tag else arch] for tag in base.tags}
+        default_cfgs[name] = DefaultCfg(base.tags, cfgs, base.is_pretrained)
+    register_model(twin)
+    return name
+
+
+def _check_base_name(name: str) -> str:
+    if name.startswith(PREFIX):
+        raise ValueError(f'{name!r} has BatchOut already: there is no twin of a twin. Use {name!r} itself.')
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(exclude_filters=f'{PREFIX}*'), n=1)
+        hint = f' Did you mean {near[0]!r}?' if near else ' timm.list_models() lists all there are.'
+        raise ValueError(f'timm knows no model {name!r}.{hint}')
+    return name
+
+
+register_twins()

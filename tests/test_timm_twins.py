@@ -125,7 +125,7 @@ def test_entrypoints_are_pickled_by_name():
 
 @pytest.mark.parametrize('call', [lambda name: register_twins([name]), check_model_name])
 def test_unknown_architectures_are_answered_with_the_nearest(call):
-    with pytest.raises(ValueError, match="no model 'resnet5x'. Did you mean 'resnet5"):
+    with pytest.raises(ValueError, match=r"no model 'resnet5x'\. Did you mean 'resnet5"):
         call('resnet5x')
 
 
@@ -160,7 +160,7 @@ def test_bad_options_are_refused_before_weights_are_loaded(monkeypatch, arch, op
 
 def test_a_site_that_takes_no_tensor_is_refused_in_training():
     model = twin('densenet121', sites='block')
-    with pytest.raises(TypeError, match="takes a list, not one tensor.*sites='act'"):
+    with pytest.raises(TypeError, match=r"takes a list, not one tensor.*sites='act'"):
         model(torch.rand(2, 3, 32, 32))
 
 

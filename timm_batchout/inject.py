@@ -19,7 +19,9 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
     """Hook BatchOut before the activations of a net (or its blocks or stages), in place.
 
     A sample is an image: where a block folds the windows of an image into the batch dimension, all of them are pushed
-    toward the windows of one partner image. Attach before ``torch.compile``: hooks added after the first compiled call never fire.
+    toward the windows of one partner image.
+
+    Attach before ``torch.compile``: hooks added after the first compiled call never fire.
 
     Args:
         model: Any net with activation modules (``nn.ReLU``, ``nn.GELU``, timm's own, ...). ``sites='block'`` and
@@ -58,9 +60,11 @@ def remove_batchout(model: ModelT) -> ModelT:
     """
     for _, module, hook_id, _ in _hooks(model, (BatchOut, ImageCount)):
         del module._forward_pre_hooks[hook_id]
-    if hasattr(model, '_model_args'):
+    remembered: Any = getattr(model, '_model_args', None)
+    if remembered:
         ours = {field.name for field in fields(BatchOutConfig)}
-        model._model_args = {name: value for name, value in model._model_args.items() if name not in ours}
+        kept: Any = {name: value for name, value in remembered.items() if name not in ours}
+        model._model_args = kept
     return model
 
 

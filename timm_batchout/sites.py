@@ -83,9 +83,8 @@ def block_sites(model: nn.Module, coarse: bool = False) -> dict[str, nn.Module]:
     They are what ``model.group_matcher(coarse)`` numbers, timm's own notion of depth; of those, the modules that hold
     an activation site. Empty for a net without ``group_matcher``, and for one whose blocks are single layers (VGG).
     """
-    if not hasattr(model, 'group_matcher'):
-        return {}
-    matcher: Any = model.group_matcher(coarse=coarse)
+    group_matcher: Any = getattr(model, 'group_matcher', None)
+    matcher = group_matcher(coarse=coarse) if group_matcher else {}
     if callable(matcher) or 'blocks' not in matcher:  # Inception V3 groups by a function, HRNet knows a stem only
         return {}
     blocks = matcher['blocks']

@@ -8,7 +8,7 @@ import difflib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -132,7 +132,7 @@ def _register(arch: str) -> str:
     twin.__doc__ = f"timm's {arch} with BatchOut hooked in: see ``create_twin`` for the arguments."
     setattr(sys.modules[__name__], name, twin)  # where pickle looks a function up
     if arch in _model_default_cfgs:
-        base = _model_default_cfgs[arch]
+        base: Any = _model_default_cfgs[arch]
         # The registered cfgs name the base's Hub repository in full; those of the module may say 'timm/' only.
         cfgs = {tag: _model_pretrained_cfgs[f'{arch}.{tag}' if tag else arch] for tag in base.tags}
         default_cfgs[name] = DefaultCfg(base.tags, cfgs, base.is_pretrained)

@@ -41,7 +41,6 @@ CANDIDATES: dict[str, tuple[str, float] | None] = {
     'every activation': ('act', 1.0),
     'every activation, doubled': ('act', 2.0),
     'every block': ('block', 1.0),
-    'every stage': ('stage', 1.0),
 }
 EPSILONS = ['1/255', '2/255', '4/255']
 DEEPFOOL_IMAGES = 500
@@ -134,8 +133,8 @@ def write_up(report: dict[str, Any]) -> str:
         '',
         'Written by `compare_eta.py` from `eta.json`.',
         '',
-        f'{report["data"]}, {recipe["epochs"]} epochs on the part of the training set that is not held out '
-        f'(val_fraction {recipe["data"]["val_fraction"]}), {recipe["optimizer"]["name"]} '
+        f'{report["data"]}, {recipe["epochs"]} epochs on {1 - recipe["data"]["val_fraction"]:.0%} of the training set, '
+        f'{recipe["optimizer"]["name"]} '
         f'{recipe["optimizer"]["lr"]:g}, batch {recipe["batch_size"]}; {n} test images, so 95% intervals of '
         f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance over the first '
         f'{first["deepfool"]["n"]} test images, {first["deepfool"]["steps"]} steps. Short runs on a CPU: they rank '
@@ -172,13 +171,13 @@ def main() -> None:
     parser.add_argument('--data', default='cifar10', help='data.name of the training config')
     parser.add_argument('--root', required=True)
     parser.add_argument('--label', default='')
-    parser.add_argument('--epochs', type=int, default=6)
+    parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--nets', nargs='+', choices=list(NETS), default=list(NETS))
     parser.add_argument('--candidates', nargs='+', choices=list(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument('--runs', type=Path, default=Path('runs/twins'))
     arguments = parser.parse_args()
-    data = DataConfig(name=arguments.data, root=arguments.root, label=arguments.label, val_fraction=0.5)
+    data = DataConfig(name=arguments.data, root=arguments.root, label=arguments.label, val_fraction=0.7)
     test = load_split(data, train=False)
     results = [
         measure(net, candidate, data, arguments.epochs, seed, arguments.runs, test)

@@ -8,7 +8,7 @@ import difflib
 import logging
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -93,9 +93,19 @@ def create_twin(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
         _logger.warning(f'{PREFIX}{arch} is made scriptable: BatchOut is left out, so do not train this one.')
         return create_base(pretrained=pretrained, **kwargs)
     if pretrained:
-        with torch.device('meta'):  # shapes only: bad sites are found before weights are downloaded
-            _hook(create_base(pretrained=False, **kwargs), config)
+        _check_sites(create_base, kwargs, config)
     return _hook(create_base(pretrained=pretrained, **kwargs), config)
+
+
+def _check_sites(create_base: Callable[..., nn.Module], kwargs: dict[str, Any], config: dict[str, Any]) -> None:
+    """Find bad sites before weights are downloaded, on a net of shapes without values."""
+    placement = {'device': 'meta'} if 'device' in kwargs else {}
+    try:
+        with torch.device('meta'):
+            model = create_base(pretrained=False, **{**kwargs, **placement})
+    except Exception:  # a net that computes with values while it is built is checked once it is there
+        return
+    _hook(model, config)
 
 
 def depth_scaled_eta(sites: int) -> tuple[float, float]:

@@ -1,9 +1,7 @@
 """Training on real data: scikit-learn's digits, whole runs of the command line, resumed runs, and bad input."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tarfile
 
@@ -46,7 +44,7 @@ def lines(output):
 
 def test_run_folder(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        'checkpoints', 'config.yaml', 'metrics.jsonl', 'model.safetensors', 'result.json',
+        'best.safetensors', 'checkpoints', 'config.yaml', 'metrics.jsonl', 'model.safetensors', 'result.json',
     ]  # fmt: skip
     result = json.loads((finished / 'result.json').read_text())
     assert result['metrics']['test_n'] == 360
@@ -83,7 +81,7 @@ def test_resume_ends_with_the_same_weights(finished, tmp_path):
     """A run cut off after its third epoch, and resumed from the checkpoint of that epoch."""
     cut = tmp_path / 'cut'
     shutil.copytree(finished, cut)
-    shutil.rmtree(cut / 'checkpoints' / 'epoch_0004')
+    shutil.rmtree(max((cut / 'checkpoints').iterdir()))
     (cut / 'model.safetensors').unlink()
     config = cut / 'config.yaml'
     assert main(['train', '--config', str(config), '--output', str(finished), '--resume', 'true']) == 0  # at its end
@@ -97,7 +95,7 @@ def test_resume_ends_with_the_same_weights(finished, tmp_path):
 def test_resume_refuses_a_changed_recipe_and_nothing_to_resume(finished, tmp_path, capsys):
     assert run(finished, '--epochs', '4', '--optimizer.lr', '5e-3', '--resume', 'true') == 2
     message = capsys.readouterr().err
-    assert 'lr: 0.002' in message and 'lr: 0.005' in message
+    assert 'optimizer.lr: saved 0.002, asked for 0.005' in message and 'allow_changes' in message
     assert run(tmp_path / 'none', '--resume', 'true') == 2
     assert 'Nothing to resume' in capsys.readouterr().err
     assert not (tmp_path / 'none').exists()
@@ -318,25 +316,3 @@ def test_ranks_share_an_epoch_without_overlap():
     for batch, *shares in zip(whole, *parts, strict=True):
         union = torch.stack([shares[0][0], shares[1][0]], dim=1).flatten(0, 1)
         assert torch.equal(union, batch[0])
-
-
-@pytest.mark.multiprocess
-def test_two_processes_by_accelerate_launch(tmp_path):
-    """Two CPU processes train one net: one run folder, one set of weights, better than chance."""
-    command = [
-        sys.executable,
-        '-m',
-        'accelerate.commands.launch',
-        '--cpu',
-        '--num_processes',
-        '2',
-        '--num_machines',
-        '1',
-    ]
-    command += ['--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
-    command += ['-m', 'timm_batchout.cli', 'train', *DIGITS, '--epochs', '2', '--output', str(tmp_path / 'run')]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr
-    assert json.loads((tmp_path / 'run' / 'result.json').read_text())['metrics']['test_accuracy'] > 0.5
-    assert set(load_file(tmp_path / 'run' / 'model.safetensors')) == set(timm.create_model('mnist_cnn').state_dict())

@@ -61,9 +61,12 @@ class ListConfig:
 
 
 def run_train(config: TrainConfig) -> int:
-    from timm_batchout.training.loop import train
+    from timm_batchout.training.loop import Interrupted, train
 
-    train(config)
+    try:
+        train(config)
+    except Interrupted as stopped:  # asked for, and saved: no failure
+        print(stopped)
     return 0
 
 

@@ -1,11 +1,12 @@
 """A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 import yaml
 
-__all__ = ['DataConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ScheduleConfig', 'TrainConfig']
+__all__ = ['CheckpointConfig', 'DataConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ScheduleConfig', 'TrainConfig']
 
 
 @dataclass
@@ -37,12 +38,14 @@ class OptimizerConfig:
     Args:
         name: 'adamw', 'sgd' (Nesterov momentum), ...
         lr: Peak learning rate.
+        scale_lr: Multiply it by the number of processes (linear scaling with the batch of all of them together).
         weight_decay: As the optimizer defines it (AdamW: decoupled).
         momentum: SGD's momentum.
     """
 
     name: str = 'adamw'
     lr: float = 1e-3
+    scale_lr: bool = False
     weight_decay: float = 0.05
     momentum: float = 0.9
 
@@ -54,10 +57,12 @@ class ScheduleConfig:
     Args:
         warmup_epochs: May be a fraction.
         min_lr: Learning rate at the end, as a share of the peak.
+        eta_warmup_epochs: BatchOut's eta grows linearly from 0 over so many epochs.
     """
 
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
+    eta_warmup_epochs: float = 0.0
 
 
 @dataclass
@@ -68,10 +73,25 @@ class ObjectiveConfig:
         name: 'plain': cross-entropy. 'fgsm': adversarial training as in the paper (section 6.2): the first half of
             each mini-batch is replaced by its FGSM images of the current net.
         epsilon: FGSM's L-infinity radius, in [0, 1] pixels.
+        label_smoothing: Of the training loss, in [0, 1).
     """
 
     name: Literal['plain', 'fgsm'] = 'plain'
     epsilon: float = 0.0
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved for ``--resume``.
+
+    Args:
+        steps: Also save every so many optimizer steps within an epoch; 0: at the end of each epoch only.
+        keep: How many of the newest checkpoints stay on disk.
+    """
+
+    steps: int = 0
+    keep: int = 2
 
 
 @dataclass
@@ -83,12 +103,22 @@ class TrainConfig:
         model_args: Keyword arguments for ``timm.create_model``, e.g. ``{k: 0.3}`` or ``{noise: gaussian}``.
         output: Run folder; must not hold another run unless ``resume`` is set.
         epochs: Passes over the training set.
-        batch_size: Images per step and process. The last, incomplete batch of an epoch is dropped.
+        batch_size: Images per forward and process. The last, incomplete batch of an epoch is dropped.
+        accumulate: Forwards per optimizer step. BatchOut draws its partners within each forward.
+        clip_grad: Largest L2 norm of the gradient; 0: no limit.
+        ema_decay: Evaluate and save an exponential moving average of the weights; 0: the weights themselves.
+        eval_epochs: Validate every so many epochs, and after the last.
         eval_batch_size: Images per evaluation step.
         seed: Of the weights, the order of the data, dropout and BatchOut.
         precision: 'no' (float32), 'bf16' or 'fp16' autocast.
         channels_last: Memory format of convolution nets; faster on CPUs and on GPUs with tensor cores.
-        resume: Go on from the newest checkpoint in ``output``.
+        compile: torch.compile backend, e.g. 'inductor'. Empty: eager.
+        non_finite: What a NaN or infinite loss does: 'stop' the run, or 'skip' the step.
+        checkpoint: What is saved on the way.
+        trackers: Accelerate's trackers to log to, by name: tensorboard, trackio, wandb, ...
+        resume: Go on from the newest sound checkpoint in ``output``. 'auto': if there is one (for restarts).
+        allow_changes: Resume even though the recipe differs from the checkpoint's.
+        dry_run: Print the resolved recipe, parameters, BatchOut sites and memory needed; train nothing.
     """
 
     model: str = 'batchout_mnist_cnn'
@@ -100,18 +130,45 @@ class TrainConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     epochs: int = 10
     batch_size: int = 128
+    accumulate: int = 1
+    clip_grad: float = 0.0
+    ema_decay: float = 0.0
+    eval_epochs: int = 1
     eval_batch_size: int = 500
     seed: int = 0
     precision: Literal['no', 'bf16', 'fp16'] = 'no'
     channels_last: bool = True
-    resume: bool = False
+    compile: str = ''
+    non_finite: Literal['stop', 'skip'] = 'stop'
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trackers: list[str] = field(default_factory=list)
+    resume: bool | Literal['auto'] = False
+    allow_changes: bool = False
+    dry_run: bool = False
+
+    # Fields that say how a run is launched; two runs that differ in them alone are the same run.
+    LAUNCH: ClassVar[tuple[str, ...]] = ('output', 'resume', 'allow_changes', 'dry_run', 'trackers')
 
     def validate(self) -> None:
         """Raise ValueError on a value out of range, before any work starts."""
-        for name, low in (('epochs', 1), ('batch_size', 2), ('eval_batch_size', 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f'{name} must be at least {low}, got {getattr(self, name)}.')
-        if not self.output:
+        at_least = (
+            ('epochs', self.epochs, 1), ('batch_size', self.batch_size, 2), ('accumulate', self.accumulate, 1),
+            ('eval_batch_size', self.eval_batch_size, 1), ('eval_epochs', self.eval_epochs, 1),
+            ('clip_grad', self.clip_grad, 0), ('checkpoint.steps', self.checkpoint.steps, 0),
+            ('checkpoint.keep', self.checkpoint.keep, 1),
+            ('schedule.eta_warmup_epochs', self.schedule.eta_warmup_epochs, 0),
+        )  # fmt: skip
+        for name, value, low in at_least:
+            if value < low:
+                raise ValueError(f'{name} must be at least {low}, got {value}.')
+        below_one = (('ema_decay', self.ema_decay), ('objective.label_smoothing', self.objective.label_smoothing))
+        for name, share in below_one:
+            if not 0 <= share < 1:
+                raise ValueError(f'{name} must lie in [0, 1), got {share}.')
+        if self.compile and self.compile not in torch.compiler.list_backends(exclude_tags=()):
+            names = ', '.join(torch.compiler.list_backends())
+            raise ValueError(f'compile must name a torch.compile backend ({names}, ...), got {self.compile!r}.')
+        if not self.output and not self.dry_run:
             raise ValueError('output is empty: name a folder for the run, e.g. --output runs/first.')
         if not 0 < self.data.val_fraction < 1:
             raise ValueError(f'data.val_fraction must lie between 0 and 1, got {self.data.val_fraction}.')
@@ -128,3 +185,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)
+
+    def recipe(self) -> dict[str, Any]:
+        """What decides the result: all but how the run is launched."""
+        return {name: value for name, value in asdict(self).items() if name not in self.LAUNCH}

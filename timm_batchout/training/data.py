@@ -150,6 +150,10 @@ class TensorLoader:
         shuffle: Training mode.
         seed: Of the order.
         rank, world_size: This process takes every world_size-th image of the common order, from the rank-th on.
+
+    Attributes:
+        epoch: Which epoch's order the next iteration takes; set it before each.
+        start: The first batch of the next iteration; above 0 where a resumed run goes on within an epoch.
     """
 
     def __init__(
@@ -170,7 +174,9 @@ class TensorLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.world_size = rank, world_size
+        self.total = len(self.labels)
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
         if self.shuffle:
@@ -185,7 +191,7 @@ class TensorLoader:
                 len(order), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
             )
         order = order[self.rank :: self.world_size].to(self.labels.device)
-        for i in range(len(self)):
+        for i in range(self.start, len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
             images = self.images[batch].float().div_(255)
             yield images.contiguous(memory_format=self.memory_format), self.labels[batch]

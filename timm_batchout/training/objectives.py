@@ -16,20 +16,23 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 def make_objective(config: ObjectiveConfig) -> Objective:
     """``objective(model, images, labels) -> mean loss`` of a mini-batch, to call backward on."""
+    smoothing = config.label_smoothing
     if config.name == 'plain':
-        return plain
-    return lambda model, images, labels: fgsm_training(model, images, labels, config.epsilon)
+        return lambda model, images, labels: plain(model, images, labels, smoothing)
+    return lambda model, images, labels: fgsm_training(model, images, labels, config.epsilon, smoothing)
 
 
-def plain(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(model(images), labels)
+def plain(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
 
-def fgsm_training(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+def fgsm_training(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, label_smoothing: float = 0.0
+) -> Tensor:
     """Half of the mini-batch is replaced by its FGSM images of the net at this instant (paper, section 6.2)."""
     half = len(images) // 2
     # In eval mode: the net that an attacker would see, without dropout or BatchOut.
     model.eval()
     adversarial = fgsm(model, images[:half], labels[:half], epsilon)
     model.train()
-    return plain(model, torch.cat([adversarial, images[half:]]), labels)
+    return plain(model, torch.cat([adversarial, images[half:]]), labels, label_smoothing)

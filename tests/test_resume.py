@@ -1,0 +1,301 @@
+"""Runs that are killed, stopped, starved of disk or led astray, and go on to the weights they would have had."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from timm_batchout import batchout_sites
+from timm_batchout.cli import main
+from timm_batchout.training.checkpoints import newest_checkpoint
+from timm_batchout.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from timm_batchout.training.data import load_data
+from timm_batchout.training.run import Run
+from timm_batchout.training.scoring import _all
+
+# Everything that has a state: BatchOut and dropout draws, moving average, accumulated gradients, warm-ups, schedule.
+RECIPE = {
+    'model': 'batchout_mnist_cnn',
+    'data': {'name': 'digits'},
+    'optimizer': {'name': 'adamw', 'lr': 2e-3},
+    'schedule': {'warmup_epochs': 0.5, 'eta_warmup_epochs': 1.5},
+    'objective': {'label_smoothing': 0.1},
+    'epochs': 3,
+    'batch_size': 32,
+    'accumulate': 2,
+    'clip_grad': 1.0,
+    'ema_decay': 0.9,
+    'checkpoint': {'steps': 7, 'keep': 3},
+}
+ALONE = [sys.executable, '-m', 'timm_batchout.cli']
+# Accelerate's own launcher starts several CPU processes by MPI only; torch's does with what torch has.
+TWO = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', '-m', 'timm_batchout.cli']
+
+
+def arguments(tmp_path, output, **changes):
+    """``train`` by the recipe above; the names of flags are the keys of the recipe."""
+    recipe = tmp_path / 'recipe.yaml'
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    flags = [text for name, value in changes.items() for text in (f'--{name.replace("__", ".")}', str(value))]
+    return ['train', '--config', str(recipe), '--output', str(output), *flags]
+
+
+def start(launcher, command):
+    environment = {
+        **os.environ,
+        'OMP_NUM_THREADS': '1',
+        'GLOO_SOCKET_IFNAME': 'lo',
+        'ACCELERATE_USE_CPU': 'true',
+    }
+    return subprocess.Popen(
+        [*launcher, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+    return text
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+
+
+def outcome(output):
+    """Weights and metrics, without what a clock wrote."""
+    records = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
+    clock = ('seconds', 'images_per_second')
+    metrics = [{name: value for name, value in record.items() if name not in clock} for record in records]
+    return (output / 'model.safetensors').read_bytes(), (output / 'best.safetensors').read_bytes(), metrics
+
+
+def uninterrupted(launcher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('uninterrupted')
+    finish(start(launcher, arguments(folder, folder / 'run')))
+    return outcome(folder / 'run')
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    return uninterrupted(ALONE, tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    return uninterrupted(TWO, tmp_path_factory)
+
+
+# 1,294 training images: 40 forwards an epoch alone, 20 each on two processes; checkpoints every 14 and at epochs' ends.
+@pytest.mark.parametrize('forwards', [54, 80], ids=['mid-epoch', "epoch's end"])
+def test_killed_and_resumed(tmp_path, alone, forwards):
+    output = tmp_path / 'run'
+    process = start(ALONE, arguments(tmp_path, output))
+    wait_for(output / 'checkpoints' / f'step_{forwards:09d}', process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / 'model.safetensors').exists()
+    finish(start(ALONE, arguments(tmp_path, output, resume='true')))
+    assert outcome(output) == alone
+
+
+@pytest.mark.multiprocess
+def test_two_processes_killed_and_resumed(tmp_path, two):
+    output = tmp_path / 'run'
+    process = start(TWO, arguments(tmp_path, output))
+    wait_for(output / 'checkpoints' / 'step_000000034', process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finish(start(TWO, arguments(tmp_path, output, resume='auto')))
+    assert outcome(output) == two
+    result = json.loads((output / 'result.json').read_text())
+    assert result['environment']['processes'] == 2 and result['metrics']['test_n'] == 360
+    assert result['metrics']['test_accuracy'] > 0.8
+    assert set(load_file(output / 'model.safetensors')) == set(timm.create_model('mnist_cnn').state_dict())
+
+
+@pytest.mark.multiprocess
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Without dropout and BatchOut, 2 x 32 images are 1 x 64."""
+    same = dict(model='mnist_cnn', model_args='{drop_rate: 0.0}', accumulate=1, epochs=1, optimizer__name='sgd')
+    finish(start(ALONE, arguments(tmp_path, tmp_path / 'one', batch_size=64, **same)))
+    finish(start(TWO, arguments(tmp_path, tmp_path / 'two', batch_size=32, **same)))
+    one, two = (load_file(tmp_path / name / 'model.safetensors') for name in ('one', 'two'))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    one, two = (json.loads((tmp_path / name / 'metrics.jsonl').read_text()) for name in ('one', 'two'))
+    assert one['train_loss'] == pytest.approx(two['train_loss'], abs=1e-5)
+    assert one['val_loss'] == pytest.approx(two['val_loss'], abs=1e-5) and one['val_n'] == two['val_n']
+
+
+def test_accumulated_batches_take_the_steps_of_a_large_one(tmp_path):
+    same = dict(model='mnist_cnn', model_args='{drop_rate: 0.0}', epochs=1, optimizer__name='sgd', ema_decay=0.0)
+    assert main(arguments(tmp_path, tmp_path / 'large', batch_size=64, accumulate=1, **same)) == 0
+    assert main(arguments(tmp_path, tmp_path / 'small', batch_size=16, accumulate=4, **same)) == 0
+    large, small = (load_file(tmp_path / name / 'model.safetensors') for name in ('large', 'small'))
+    assert all(torch.allclose(large[name], small[name], atol=1e-5) for name in large)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, alone, number):
+    output = tmp_path / 'run'
+    process = start(ALONE, arguments(tmp_path, output))
+    wait_for(output / 'checkpoints' / 'step_000000014', process)
+    os.kill(process.pid, number)
+    text = finish(process)
+    command = text.rpartition('Go on with: timm-batchout ')[2].split()
+    assert not (output / 'model.safetensors').exists()
+    assert command == ['train', '--config', str(output / 'config.yaml'), '--resume', 'true']
+    finish(start(ALONE, command))
+    assert outcome(output) == alone
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, alone, monkeypatch, capsys):
+    save_state = Accelerator.save_state
+    saved = []
+
+    def full_at_the_third(self, folder, **kwargs):
+        saved.append(save_state(self, folder, **kwargs))
+        if len(saved) == 3:
+            raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(Accelerator, 'save_state', full_at_the_third)
+    output = tmp_path / 'run'
+    assert main(arguments(tmp_path, output)) == 2
+    error = capsys.readouterr().err
+    assert 'No space left on device' in error and 'step_000000028 is the last one' in error
+    assert sorted(path.name for path in (output / 'checkpoints').iterdir()) == ['step_000000014', 'step_000000028']
+    monkeypatch.undo()
+    finish(start(ALONE, arguments(tmp_path, output, resume='true')))
+    assert outcome(output) == alone
+
+
+@pytest.mark.parametrize('damage', ['truncated', 'tampered', 'missing', 'unsealed'])
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, alone, damage):
+    output = tmp_path / 'run'
+    process = start(ALONE, arguments(tmp_path, output))
+    newest = output / 'checkpoints' / 'step_000000040'
+    wait_for(newest, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    file = newest / ('sha256.json' if damage == 'unsealed' else 'optimizer.bin')
+    content = file.read_bytes()
+    if damage == 'truncated':
+        file.write_bytes(content[:100])
+    elif damage == 'tampered':
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        file.unlink()
+    for later in (output / 'checkpoints').glob('step_*'):  # the kill may have come after another checkpoint
+        assert later <= newest
+    with pytest.warns(UserWarning, match=r'step_000000040 is damaged .*(optimizer.bin|sha256.json)'):
+        assert newest_checkpoint(output) == output / 'checkpoints' / 'step_000000028'
+    finish(start(ALONE, arguments(tmp_path, output, resume='true')))
+    assert outcome(output) == alone
+
+
+def test_resume_auto_starts_where_there_is_nothing(tmp_path, capsys):
+    output = tmp_path / 'run'
+    assert main(arguments(tmp_path, output, resume='auto', epochs=1)) == 0
+    assert main(arguments(tmp_path, output, resume='auto', epochs=1)) == 0
+    assert main(arguments(tmp_path, output, resume='auto', epochs=2)) == 2
+    assert 'epochs: saved 1, asked for 2' in capsys.readouterr().err
+    assert main(arguments(tmp_path, output, resume='auto', epochs=2, allow_changes='true')) == 0
+    assert len((output / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
+    import timm_batchout.training.objectives as objectives
+
+    plain, calls = objectives.plain, []
+
+    def nan_once(*args):
+        calls.append(1)
+        return plain(*args) * (float('nan') if len(calls) == 50 else 1.0)
+
+    monkeypatch.setattr(objectives, 'plain', nan_once)
+    assert main(arguments(tmp_path, tmp_path / 'stop')) == 2
+    error = capsys.readouterr().err
+    assert 'nan at step 9 of epoch 2' in error and 'Lower optimizer.lr (0.00' in error and 'step_000000040' in error
+    calls.clear()
+    assert main(arguments(tmp_path, tmp_path / 'skip', non_finite='skip')) == 0
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / 'skip' / 'model.safetensors').values())
+    _, _, metrics = outcome(tmp_path / 'skip')
+    assert [record['non_finite_losses'] for record in metrics] == [0, 1, 0]
+
+
+def test_a_dry_run_describes_and_writes_nothing(tmp_path, capsys):
+    output = tmp_path / 'run'
+    assert main(arguments(tmp_path, output, dry_run='true')) == 0
+    report = yaml.safe_load(capsys.readouterr().out)
+    assert report['parameters'] == sum(p.numel() for p in timm.create_model('mnist_cnn').parameters())
+    assert list(report['batchout_sites']) == ['stages.0.act1', 'stages.1.act1', 'pre_logits.act1']
+    assert report['recipe']['ema_decay'] == 0.9
+    assert report['memory_estimate_mib']['activations of 32 images'] > 1
+    assert not output.exists()
+
+
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compiled_training_takes_the_same_steps(tmp_path, alone, backend):
+    torch._dynamo.reset()
+    assert main(arguments(tmp_path, tmp_path / 'run', compile=backend)) == 0
+    compiled, expected = (load_file(tmp_path / 'run' / 'model.safetensors'), alone[0])
+    (tmp_path / 'expected.safetensors').write_bytes(expected)
+    for name, tensor in load_file(tmp_path / 'expected.safetensors').items():
+        assert torch.allclose(compiled[name], tensor, atol=1e-4)
+
+
+def prepared(**changes):
+    data = DataConfig('digits')
+    config = TrainConfig(output='unused', data=data, batch_size=32, **changes)
+    return Run(config, timm.create_model('batchout_mnist_cnn', eta=0.3), load_data(data), Accelerator(cpu=True))
+
+
+def test_eta_warms_up_from_nothing():
+    run = prepared(schedule=ScheduleConfig(eta_warmup_epochs=2))
+    for updates, eta in ((0, 0.0), (40, 0.15), (80, 0.3), (100, 0.3)):
+        run._warm_up_eta(updates)
+        assert all(layer.eta == pytest.approx(eta) for layer in batchout_sites(run.model).values())
+
+
+def test_gradients_are_clipped():
+    run = prepared(optimizer=OptimizerConfig('sgd', lr=1.0, weight_decay=0.0, momentum=1e-9), clip_grad=0.01)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    run.schedule.step_update(10**6)
+    for group in run.optimizer.param_groups:
+        group['lr'] = 1.0
+    run.model(torch.rand(4, 1, 28, 28)).square().sum().mul(1e3).backward()
+    run._update()
+    moved = torch.cat([(p - q).flatten() for p, q in zip(run.model.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize('total', [7, 8, 9])
+def test_shares_are_joined_in_the_order_of_the_images(total):
+    rows = torch.arange(total * 2.0).view(total, 2)
+    shares = [rows[rank::3] for rank in range(3)]
+    longest = len(shares[0])
+
+    class Three:
+        num_processes = 3
+
+        @staticmethod
+        def gather(mine):
+            return torch.cat([torch.cat([share, share[:1].expand(longest - len(share), 2)]) for share in shares])
+
+    assert all(torch.equal(_all(share, total, Three), rows) for share in shares)

@@ -269,6 +269,22 @@ def test_compile_one_graph_and_no_recompilation(noise):
     assert len(graphs) == settled <= 2
 
 
+@pytest.mark.parametrize('order', [(0, 1, 2, 3), (0, 3, 1, 2), (1, 0, 2, 3), (3, 2, 1, 0)])
+def test_compile_takes_any_strides(order):
+    """Some nets (EfficientViT) hand permuted tensors on, of which not even a slice of the batch is dense."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: batchout(x, eta=(0.0, 0.5)), backend='aot_eager', fullgraph=True)
+    sizes = [6, 3, 4, 5]
+    x = torch.randn([sizes[i] for i in order]).permute(*(order.index(i) for i in range(4)))
+    assert list(x.shape) == sizes
+    torch.manual_seed(0)
+    expected = batchout(x, eta=(0.0, 0.5))
+    torch.manual_seed(0)
+    actual = compiled(x)
+    assert torch.equal(actual, expected)
+    assert actual.stride() == expected.stride() == x.stride()
+
+
 def test_compile_with_the_default_autograd_backend_gives_the_stated_gradient():
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: batchout(x, eta=(0.0, 0.5)) * 3, backend='aot_eager', fullgraph=True)

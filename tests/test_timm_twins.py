@@ -110,7 +110,7 @@ def test_architectures_registered_later_get_a_twin_by_a_call():
     with pytest.raises(ValueError, match='register_twins'):
         check_model_name('batchout_late_net')
     assert register_twins() == ['batchout_late_net']
-    assert register_twins() == register_twins(['late_net']) == []
+    assert register_twins() == register_twins(['late_net']) == register_twins('late_net') == []
     assert len(batchout_sites(timm.create_model('batchout_late_net', num_classes=2))) == 17
     check_model_name('batchout_late_net')
 
@@ -293,11 +293,13 @@ def test_block_placement_pushes_shortcut_and_branch_alike(images):
         ('mobilevit_xxs', 'stages.2.1.transformer.0.mlp.act', 4),
         ('efficientvit_m0', 'stages.0.blocks.0.mixer.m.attn.proj.0', 4),
         ('tnt_s_patch16_224', 'blocks.0.mlp_in.act', 196),
+        ('tnt_s_patch16_224', 'blocks.0', 196),
     ],
 )
 def test_all_windows_of_an_image_go_to_the_same_windows_of_one_partner(arch, site, windows):
     """With eta = 1 and k = 1 every image becomes its partner: window by window, as a whole."""
-    model = timm.create_model(f'batchout_{arch}', k=1.0, eta={site: 1.0})
+    sites = 'block' if site == 'blocks.0' else 'act'
+    model = timm.create_model(f'batchout_{arch}', k=1.0, eta={site: 1.0}, sites=sites)
     module = model.get_submodule(site)
     inputs, partners = [], []
     randint = torch.randint

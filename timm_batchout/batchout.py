@@ -26,6 +26,10 @@ class _StraightThrough(torch.autograd.Function):
         if chosen is not None:
             return _push(x, target, weight, chosen)
         n = target.shape[0]
+        if torch.compiler.is_compiling():  # dynamo takes no out= with other strides; the compiler fuses the copy away
+            out = x.clone()
+            out[:n].lerp_(target, weight)
+            return out
         out = torch.empty_like(x)
         torch.lerp(x[:n], target, weight, out=out[:n])  # a third less memory traffic than clone and overwrite
         out[n:] = x[n:]

@@ -42,13 +42,14 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
         raise ValueError('This model has BatchOut already. Call remove_batchout(model) first to change it.')
     sites = _find_sites(model, config)
     etas = _eta_by_site(config, list(sites))  # checks every pattern before the first hook is added
-    counts = {f'{name}.': ImageCount() for name, _ in windowed_blocks(model)}
+    counts = {}
+    for name, block in windowed_blocks(model):  # before the sites: the block itself may be one
+        counts[f'{name}.'] = count = ImageCount()
+        block.register_forward_pre_hook(count.pre_hook)
     for name, eta in etas.items():
         layer = _layer(replace(config, eta=eta))
-        layer.images = next((count for prefix, count in counts.items() if name.startswith(prefix)), None)
+        layer.images = next((count for prefix, count in counts.items() if f'{name}.'.startswith(prefix)), None)
         sites[name].register_forward_pre_hook(layer.pre_hook)
-    for prefix, count in counts.items():
-        model.get_submodule(prefix[:-1]).register_forward_pre_hook(count.pre_hook)
     return model
 
 

@@ -1,10 +1,11 @@
 """Does every architecture of timm have a sound BatchOut twin? Measured, one by one, into coverage.json.
 
-    python recipes/twins/coverage.py                     all of them; what an earlier, broken-off walk did is kept
+    python recipes/twins/coverage.py                     all that are not yet examined with values, on this machine
     python recipes/twins/coverage.py --only 'vit_*'      those only, in place of what is known of them
 
-Each net runs on the CPU with three images of the smallest size that it takes. Nets too large for this machine's memory
-run on torch's meta device, which knows shapes and no values; their record says so.
+Each net runs on the CPU with three images of the smallest size that it takes. A net too large for this machine's
+memory runs with fewer blocks, or, where it has no argument for that, on torch's meta device, which knows shapes and no
+values; its record says so.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from timm_batchout.sites import windowed_blocks
 RESULT = Path(__file__).with_name('coverage.json')
 IMAGES = 3  # k = 0.5 pushes the first one of three
 SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
+FEWER_BLOCKS: tuple[dict[str, Any], ...] = ({'depth': 2}, {'depths': (1, 1, 1, 1)})
 
 
 def architectures() -> dict[str, str]:
@@ -58,17 +60,18 @@ def examine(arch: str, compiled: bool = False, memory: float = math.inf) -> dict
     Args:
         arch: timm's architecture.
         compiled: Also compile a training forward and backward into one graph (backend 'aot_eager').
-        memory: Bytes that a training step may need; above, the net runs on the meta device.
+        memory: Bytes that a training step may need; above, the net runs with fewer blocks or on the meta device.
 
     Returns:
         The record for coverage.json.
     """
     started = time.perf_counter()
     size, model_args = _smallest_input(arch)
-    with torch.device('meta'):
-        meta = timm.create_model(arch, **model_args)
-    parameters = sum(p.numel() for p in meta.parameters())
-    device = 'cpu' if 10 * parameters < memory else 'meta'  # weights and gradients are 8 bytes a parameter
+    parameters = _parameters(arch, model_args)
+    fits = memory / 10  # weights and gradients are 8 bytes a parameter
+    reduced = {} if parameters < fits else _fewer_blocks(arch, model_args, fits)
+    device = 'cpu' if parameters < fits or reduced else 'meta'
+    model_args |= reduced
     images = torch.empty(IMAGES, *size, device='meta')
     if device == 'cpu':
         images = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
@@ -84,6 +87,7 @@ def examine(arch: str, compiled: bool = False, memory: float = math.inf) -> dict
         'device': device,
         'parameters': parameters,
         'input': [IMAGES, *size],
+        **({'reduced': reduced} if reduced else {}),
         'sites': len(found),
         'state_dict_equal': _fingerprint(twin) == weights,
     }
@@ -149,6 +153,22 @@ def _smallest_input(arch: str) -> tuple[tuple[int, int, int], dict[str, Any]]:
             continue
         return size, model_args
     return default, {}
+
+
+def _parameters(arch: str, model_args: dict[str, Any]) -> int:
+    with torch.device('meta'):
+        return sum(p.numel() for p in timm.create_model(arch, **model_args).parameters())
+
+
+def _fewer_blocks(arch: str, model_args: dict[str, Any], fits: float) -> dict[str, Any]:
+    """create_model arguments that make the net fit; {} if there are none."""
+    for fewer in FEWER_BLOCKS:
+        try:
+            if _parameters(arch, {**model_args, **fewer}) < fits:
+                return fewer
+        except Exception:  # whatever a net raises at an argument that it does not know
+            continue
+    return {}
 
 
 def _create(name: str, model_args: dict[str, Any], device: str) -> nn.Module:
@@ -331,7 +351,7 @@ def main() -> None:
     known = json.loads(arguments.output.read_text())['architectures'] if arguments.output.is_file() else {}
     known = {arch: record for arch, record in known.items() if arch in families}
     wanted = [arch for arch in families if fnmatchcase(arch, arguments.only)] if arguments.only else families
-    todo = [arch for arch in wanted if arguments.only or arch not in known]
+    todo = [arch for arch in wanted if arguments.only or known.get(arch, {}).get('device') != 'cpu']
 
     def save() -> None:
         records = {arch: known[arch] for arch in families if arch in known}
@@ -342,6 +362,7 @@ def main() -> None:
             'sound': len(records) - len(odd),
             'families': len(set(families.values())),
             'compiled_to_one_graph': sum(record.get('compiled') == 'one graph' for record in records.values()),
+            'with_fewer_blocks': sum('reduced' in record for record in records.values()),
             'devices': dict(Counter(record.get('device', 'none') for record in records.values())),
             'exceptions': odd,
         }

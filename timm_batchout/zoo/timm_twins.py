@@ -34,14 +34,14 @@ _OPTIONS = tuple(field.name for field in fields(BatchOutConfig))
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
-def register_twins(names: Iterable[str] | None = None) -> list[str]:
+def register_twins(names: str | Iterable[str] | None = None) -> list[str]:
     """Register ``batchout_<arch>`` with timm, with every pretrained tag of the base.
 
     Importing ``timm_batchout`` does it for all that is registered by then; call it again after importing another
     package that registers models. Architectures that have a twin keep it.
 
     Args:
-        names: Architectures; None: all that timm lists, without deprecated names.
+        names: An architecture, or several; None: all that timm lists, without deprecated names.
 
     Returns:
         The names of the new twins.
@@ -49,7 +49,10 @@ def register_twins(names: Iterable[str] | None = None) -> list[str]:
     Raises:
         ValueError: An architecture that timm does not know (the nearest is named), or that is a twin itself.
     """
-    names = timm.list_models() if names is None else [_check_base_name(name) for name in names]
+    if names is None:
+        names = timm.list_models()
+    else:
+        names = [_check_base_name(name) for name in ([names] if isinstance(names, str) else names)]
     twins = [_register(name) for name in names if not name.startswith(PREFIX) and not timm.is_model(PREFIX + name)]
     _logger.debug(f'{len(twins)} twins registered.')
     return twins

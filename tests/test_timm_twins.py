@@ -134,7 +134,7 @@ def test_there_is_no_twin_of_a_twin():
         register_twins(['batchout_resnet18'])
     with pytest.raises(ValueError, match='no twin of a twin'):
         check_model_name('batchout_batchout_resnet18')
-    with pytest.raises(ValueError, match="Did you mean 'resnet18'"):
+    with pytest.raises(ValueError, match=r"'batchout_resnet118'\. Did you mean 'batchout_resnet18'"):
         check_model_name('batchout_resnet118.a1_in1k')
 
 

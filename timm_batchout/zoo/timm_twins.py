@@ -67,8 +67,12 @@ def check_model_name(name: str) -> None:
     arch = name.partition('.')[0]
     if ':' in name or timm.is_model(arch):
         return
-    _check_base_name(arch.removeprefix(PREFIX))
-    raise ValueError(f'{arch!r} is not registered yet: call timm_batchout.register_twins() first.')
+    base = arch.removeprefix(PREFIX)
+    if timm.is_model(base):
+        if base.startswith(PREFIX):
+            raise ValueError(_twin_of_a_twin(base))
+        raise ValueError(f'{arch!r} is not registered yet: call timm_batchout.register_twins() first.')
+    raise ValueError(_unknown(arch, timm.list_models()))
 
 
 def create_twin(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -155,12 +159,20 @@ def _register(arch: str) -> str:
 
 def _check_base_name(name: str) -> str:
     if name.startswith(PREFIX):
-        raise ValueError(f'{name!r} has BatchOut already: there is no twin of a twin. Use {name!r} itself.')
+        raise ValueError(_twin_of_a_twin(name))
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(exclude_filters=f'{PREFIX}*'), n=1)
-        hint = f' Did you mean {near[0]!r}?' if near else ' timm.list_models() lists all there are.'
-        raise ValueError(f'timm knows no model {name!r}.{hint}')
+        raise ValueError(_unknown(name, timm.list_models(exclude_filters=f'{PREFIX}*')))
     return name
+
+
+def _twin_of_a_twin(name: str) -> str:
+    return f'{name!r} has BatchOut already: there is no twin of a twin. Use {name!r} itself.'
+
+
+def _unknown(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f'Did you mean {near[0]!r}?' if near else 'timm.list_models() lists all there are.'
+    return f'There is no model {name!r}. {hint}'
 
 
 register_twins()

@@ -344,6 +344,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='glob of architectures to examine again')
     parser.add_argument('--workers', type=int, default=max(1, (os.cpu_count() or 2) // 2))
+    parser.add_argument(
+        '--memory', type=float, default=_memory() / 2**30, help='GiB for all workers; default: what is free'
+    )
     parser.add_argument('--output', type=Path, default=RESULT)
     arguments = parser.parse_args()
 
@@ -381,7 +384,7 @@ def main() -> None:
                     save()
 
             jobs = [(arch, compiled) for arch in reversed(archs)]
-            _walk(jobs, arguments.workers, _memory() / arguments.workers, done)
+            _walk(jobs, arguments.workers, arguments.memory * 2**30 / arguments.workers, done)
         save()
 
     walk(todo, compiled=False)

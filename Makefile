@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/python recipes/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest --cov=timm_batchout --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --cov=timm_batchout --cov-report=term
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

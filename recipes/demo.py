@@ -27,7 +27,9 @@ EPSILONS = ['0', '0.05', '0.1', '0.15', '0.2', '0.25', '0.3']
 def train_and_attack(model_name: str) -> dict:
     run = OUTPUT / model_name
     shutil.rmtree(run, ignore_errors=True)  # the demo's own folder, made anew every time
-    config = parse(TrainConfig, ['--config', str(HERE / 'digits.yaml'), '--model', model_name, '--output', str(run)])
+    config = parse(
+        TrainConfig, ['--config', str(HERE / 'digits_batchout.yaml'), '--model', model_name, '--output', str(run)]
+    )
     train(config)
     model = timm.create_model(model_name, checkpoint_path=str(run / 'model.safetensors'))
     test = load_split(config.data, train=False)

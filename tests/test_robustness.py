@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from timm_batchout.pixels import PixelModel
 from timm_batchout.robustness.evaluate import evaluate, parse_epsilon
-from timm_batchout.robustness.pixels import PixelModel
 
 
 class Threshold(nn.Module):

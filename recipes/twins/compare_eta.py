@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from timm_batchout import batchout_sites
+from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.evaluate import evaluate
-from timm_batchout.robustness.pixels import PixelModel
 from timm_batchout.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.data import Split, data_label, load_split
 from timm_batchout.training.loop import train

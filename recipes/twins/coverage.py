@@ -40,10 +40,9 @@ FEWER_BLOCKS: tuple[dict[str, Any], ...] = ({'depth': 2}, {'depths': (1, 1, 1, 1
 
 
 def architectures() -> dict[str, str]:
-    """Architecture -> timm's model family (its module), without the twins and this package's own nets."""
-    names = timm.list_models(exclude_filters='batchout_*')
-    families = {name: _model_to_module[name] for name in names}
-    return {name: family for name, family in families.items() if family != 'paper_nets'}
+    """Architecture -> timm's model family (its module); without what other packages have registered."""
+    names = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith('timm.')]
+    return {name: _model_to_module[name] for name in names}
 
 
 def representatives(records: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -54,19 +53,20 @@ def representatives(records: dict[str, dict[str, Any]]) -> dict[str, str]:
     return dict(sorted(smallest.items()))
 
 
-def examine(arch: str, compiled: bool = False, memory: float = math.inf) -> dict[str, Any]:
+def examine(arch: str, compiled: bool = False, memory: float = math.inf, side: int | None = None) -> dict[str, Any]:
     """All that is checked of a twin.
 
     Args:
         arch: timm's architecture.
         compiled: Also compile a training forward and backward into one graph (backend 'aot_eager').
         memory: Bytes that a training step may need; above, the net runs with fewer blocks or on the meta device.
+        side: Of the input, where it is known; None: the smallest that works is searched for.
 
     Returns:
         The record for coverage.json.
     """
     started = time.perf_counter()
-    size, model_args = _smallest_input(arch)
+    size, model_args = _smallest_input(arch, side)
     parameters = _parameters(arch, model_args)
     fits = memory / 10  # weights and gradients are 8 bytes a parameter
     reduced = {} if parameters < fits else _fewer_blocks(arch, model_args, fits)
@@ -134,11 +134,13 @@ def exceptions(record: dict[str, Any]) -> list[str]:
     return named
 
 
-def _smallest_input(arch: str) -> tuple[tuple[int, int, int], dict[str, Any]]:
+def _smallest_input(arch: str, side: int | None = None) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """The smallest image that the net trains on, and the create_model arguments it takes for that."""
     cfg = timm.models.get_pretrained_cfg(arch)
     default = cfg.input_size if cfg else (3, 224, 224)
     fixed = bool(cfg and cfg.fixed_input_size)
+    if side:
+        return (default[0], side, side), {'img_size': side} if fixed and side != default[-1] else {}
     with torch.device('meta'):
         if any(windowed_blocks(timm.create_model(arch))):
             return default, {}  # a small image may be one window

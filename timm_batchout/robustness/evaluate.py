@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_batchout.fgsm import gradient_sign
-from timm_batchout.robustness.pixels import PixelModel
+from timm_batchout.pixels import PixelModel
 
 __all__ = ['evaluate', 'parse_epsilon']
 

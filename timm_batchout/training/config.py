@@ -6,7 +6,15 @@ from typing import Any, ClassVar, Literal
 import torch
 import yaml
 
-__all__ = ['CheckpointConfig', 'DataConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ScheduleConfig', 'TrainConfig']
+__all__ = [
+    'AugmentConfig',
+    'CheckpointConfig',
+    'DataConfig',
+    'ObjectiveConfig',
+    'OptimizerConfig',
+    'ScheduleConfig',
+    'TrainConfig',
+]
 
 
 @dataclass
@@ -16,19 +24,61 @@ class DataConfig:
     Args:
         name: 'mnist' and 'cifar10': torchvision's files under ``root``; 'digits': scikit-learn's bundled 8x8 digits, as
             28x28 images; 'image_folder': ``train/<class>/*`` and ``test/<class>/*`` under a folder or in a .tar file.
+            These live on the device as a whole. 'timm': whatever ``timm.data.create_dataset`` opens, read by workers,
+            for sets of any size.
         root: Folder or .tar file; 'digits' needs none.
         label: How the data is named in results. Empty: the dataset's own name.
         download: Let torchvision download missing files.
-        val_fraction: Share of the training set held out for validation, the same number of images of each class.
+        val_fraction: Share of the training set held out for validation, the same number of images of each class
+            ('timm': of all together).
         split_seed: Seed of the held-out choice, apart from the training seed: all seeds share one split.
+        broken: An image that does not decode is counted and passed over ('skip'), or ends the run ('stop').
+        dataset: 'timm' only, timm's name of the dataset: empty for a folder or tar, 'hfds/NAME' and 'hfids/NAME' (the
+            Hugging Face Hub, the latter streamed), 'wds/NAME' (WebDataset shards in ``root``), 'torch/NAME', ...
+        options: 'timm' only, more arguments of ``create_dataset``: ``{input_key: img}``, ``{num_samples: 1000}``, ...
+        train_split, test_split: 'timm' only.
+        val_split: 'timm' only. Empty: ``val_fraction`` of the training split.
+        image_size: 'timm' only, height and width that images are resized to; 0: what the model's cfg says.
+        workers: 'timm' only, processes that read and augment.
     """
 
-    name: Literal['mnist', 'cifar10', 'digits', 'image_folder'] = 'mnist'
+    name: Literal['mnist', 'cifar10', 'digits', 'image_folder', 'timm'] = 'mnist'
     root: str = 'data'
     label: str = ''
     download: bool = False
     val_fraction: float = 0.1
     split_seed: int = 0
+    broken: Literal['skip', 'stop'] = 'skip'
+    dataset: str = ''
+    options: dict[str, Any] = field(default_factory=dict)
+    train_split: str = 'train'
+    val_split: str = ''
+    test_split: str = 'validation'
+    image_size: int = 0
+    workers: int = 4
+
+
+@dataclass
+class AugmentConfig:
+    """What is drawn at random for each training image; by default nothing.
+
+    Args:
+        hflip: Probability of a horizontal flip.
+        padding: Crop at random from the image with so many black pixels on each side; sets on the device only.
+        scale: Crop at random a share of the area in this range, and resize it; 'timm' data only.
+        color_jitter: Strength; 'timm' data only.
+        auto_augment: timm's policy, e.g. 'rand-m7-mstd0.5-inc1'; 'timm' data only.
+        mixup: Alpha of Mixup (``timm.data.Mixup``).
+        cutmix: Alpha of CutMix; with ``mixup``, each batch gets one of the two.
+    """
+
+    hflip: float = 0.0
+    padding: int = 0
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    color_jitter: float = 0.0
+    auto_augment: str = ''
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 @dataclass
@@ -125,6 +175,7 @@ class TrainConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     output: str = ''
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -147,7 +198,9 @@ class TrainConfig:
     dry_run: bool = False
 
     # Fields that say how a run is launched; two runs that differ in them alone are the same run.
-    LAUNCH: ClassVar[tuple[str, ...]] = ('output', 'resume', 'allow_changes', 'dry_run', 'trackers')
+    LAUNCH: ClassVar[tuple[str, ...]] = (
+        'output', 'resume', 'allow_changes', 'dry_run', 'trackers', 'data.root', 'data.download', 'data.workers',
+    )  # fmt: skip
 
     def validate(self) -> None:
         """Raise ValueError on a value out of range, before any work starts."""
@@ -156,7 +209,10 @@ class TrainConfig:
             ('eval_batch_size', self.eval_batch_size, 1), ('eval_epochs', self.eval_epochs, 1),
             ('clip_grad', self.clip_grad, 0), ('checkpoint.steps', self.checkpoint.steps, 0),
             ('checkpoint.keep', self.checkpoint.keep, 1),
-            ('schedule.eta_warmup_epochs', self.schedule.eta_warmup_epochs, 0),
+            ('schedule.eta_warmup_epochs', self.schedule.eta_warmup_epochs, 0), ('data.workers', self.data.workers, 0),
+            ('data.image_size', self.data.image_size, 0),
+            ('augment.padding', self.augment.padding, 0), ('augment.color_jitter', self.augment.color_jitter, 0),
+            ('augment.mixup', self.augment.mixup, 0), ('augment.cutmix', self.augment.cutmix, 0),
         )  # fmt: skip
         for name, value, low in at_least:
             if value < low:
@@ -165,6 +221,7 @@ class TrainConfig:
         for name, share in below_one:
             if not 0 <= share < 1:
                 raise ValueError(f'{name} must lie in [0, 1), got {share}.')
+        self._validate_augment()
         if self.compile and self.compile not in torch.compiler.list_backends(exclude_tags=()):
             names = ', '.join(torch.compiler.list_backends())
             raise ValueError(f'compile must name a torch.compile backend ({names}, ...), got {self.compile!r}.')
@@ -182,6 +239,22 @@ class TrainConfig:
             raise ValueError(
                 f'objective.epsilon is in [0, 1] pixels and must be positive for fgsm, got {self.objective.epsilon}.'
             )
+
+    def _validate_augment(self) -> None:
+        augment, off = self.augment, AugmentConfig()
+        if not 0 <= augment.hflip <= 1:
+            raise ValueError(f'augment.hflip is a probability in [0, 1], got {augment.hflip}.')
+        if len(augment.scale) != 2 or not 0 < augment.scale[0] <= augment.scale[1] <= 1:
+            raise ValueError(f'augment.scale must be [low, high] with 0 < low <= high <= 1, got {augment.scale}.')
+        foreign = ('padding',) if self.data.name == 'timm' else ('scale', 'color_jitter', 'auto_augment')
+        for name in foreign:
+            if getattr(augment, name) != getattr(off, name):
+                raise ValueError(f'augment.{name} does not apply to data.name={self.data.name!r}: leave it out.')
+        if augment.mixup or augment.cutmix:
+            if self.objective.name != 'plain':
+                raise ValueError(f'Mixup and CutMix mix labels; objective {self.objective.name!r} needs one per image.')
+            if self.batch_size % 2:
+                raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)

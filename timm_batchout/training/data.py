@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_batchout.training.config import DataConfig
+from timm_batchout.training.config import AugmentConfig, DataConfig
+from timm_batchout.training.timm_data import TimmSplit, load_timm_splits
 
 __all__ = ['Split', 'TensorLoader', 'load_data', 'load_split']
 
@@ -27,16 +29,22 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
     def subset(self, indices: Tensor) -> 'Split':
         return Split(self.images[indices], self.labels[indices])
 
 
-def load_data(config: DataConfig) -> tuple[Split, Split, Split]:
+def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSplit, TimmSplit, TimmSplit]:
     """Training, validation and test split. Validation is held out of the training set, stratified by class.
 
     Raises:
         ValueError: The data is not there or not in the expected layout.
     """
+    if config.name == 'timm':
+        return load_timm_splits(config)
     whole = load_split(config, train=True)
     generator = torch.Generator().manual_seed(config.split_seed)
     held_out = torch.zeros(len(whole), dtype=torch.bool)
@@ -54,8 +62,10 @@ def load_split(config: DataConfig, train: bool) -> Split:
     """The training or the test set of a dataset, whole and in its original order.
 
     Raises:
-        ValueError: The data is not there or not in the expected layout.
+        ValueError: The data is not there or not in the expected layout, or is not held in memory ('timm').
     """
+    if config.name == 'timm':
+        raise ValueError("data.name='timm' is read by workers; for a set in memory choose image_folder, for example.")
     loaders = {'mnist': _torchvision, 'cifar10': _torchvision, 'digits': _digits, 'image_folder': _image_folder}
     return loaders[config.name](config, train)
 
@@ -102,35 +112,54 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
     from PIL import Image
 
     part = 'train' if train else 'test'
-    images, classes = [], []
-    for name, stream in _files(Path(config.root), part):
-        with Image.open(stream) as image:
-            images.append(np.asarray(image.convert('RGB')))
+    images, classes, broken = [], [], []
+    names = {'train': set[str](), 'test': set[str]()}
+    for found, name, path, stream in _files(Path(config.root)):
+        names[found].add(name)
+        if found != part or stream is None:
+            continue
+        try:
+            with Image.open(stream) as image:
+                images.append(np.asarray(image.convert('RGB')))
+        except OSError as error:
+            if config.broken == 'stop':
+                raise ValueError(f'{path} does not decode ({error}). data.broken=skip passes over it.') from error
+            broken.append(path)
+            continue
         classes.append(name)
     if not images:
         raise ValueError(f'No images in {config.root!r} (data.root): expected {part}/<class>/<image>.')
+    if broken:
+        warnings.warn(f'{len(broken)} images do not decode and are left out: {broken[0]}, ...', stacklevel=2)
+    empty = sorted((names['train'] | names['test']) - set(classes))
+    if empty:
+        raise ValueError(f'Classes of {config.root!r} without an image in {part!r}: {", ".join(empty[:5])}.')
     if len({image.shape for image in images}) > 1:
-        raise ValueError(f'The images in {config.root!r} differ in size; this loader needs one size.')
+        raise ValueError(f"The images in {config.root!r} differ in size: use data.name='timm', which resizes them.")
     index = {name: i for i, name in enumerate(sorted(set(classes)))}
     tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Split(tensor, torch.tensor([index[name] for name in classes]))
 
 
-def _files(root: Path, part: str) -> Iterator[tuple[str, io.BytesIO | Path]]:
-    """(class name, image file) of every image of one part, in sorted order."""
+def _files(root: Path) -> Iterator[tuple[str, str, str, io.BytesIO | Path | None]]:
+    """(part, class, name, image file) of all images, in sorted order; per class folder also (part, class, '', None)."""
     if root.is_dir():
-        for path in sorted((root / part).glob('*/*')):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                yield path.parent.name, path
+        for part in ('test', 'train'):
+            for folder in sorted(path for path in (root / part).glob('*') if path.is_dir()):
+                yield part, folder.name, '', None
+                for path in sorted(folder.glob('*')):
+                    if path.suffix.lower() in IMAGE_SUFFIXES:
+                        yield part, folder.name, str(path), path
     elif root.is_file() and tarfile.is_tarfile(root):
         with tarfile.open(root) as tar:
             found = {}
             for member in tar:  # one sequential read: seeking in a compressed tar starts it over
                 path = Path(member.name)
-                wanted = path.suffix.lower() in IMAGE_SUFFIXES and path.parent.parent.name == part
+                part = path.parent.parent.name
+                wanted = path.suffix.lower() in IMAGE_SUFFIXES and part in ('train', 'test')
                 content = tar.extractfile(member) if wanted else None
                 if content is not None:
-                    found[member.name] = (path.parent.name, io.BytesIO(content.read()))
+                    found[member.name] = (part, path.parent.name, member.name, io.BytesIO(content.read()))
         yield from (found[name] for name in sorted(found))
     else:
         raise ValueError(f'{str(root)!r} (data.root) is neither a folder nor a tar file.')
@@ -148,7 +177,8 @@ class TensorLoader:
         device: Where they live.
         channels_last: Memory format of the batches.
         shuffle: Training mode.
-        seed: Of the order.
+        seed: Of the order and the augmentations.
+        augment: Training mode: what is drawn at random (``hflip`` and ``padding``).
         rank, world_size: This process takes every world_size-th image of the common order, from the rank-th on.
 
     Attributes:
@@ -166,6 +196,7 @@ class TensorLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        augment: AugmentConfig | None = None,
     ):
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
@@ -174,7 +205,7 @@ class TensorLoader:
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.world_size = rank, world_size
-        self.total = len(self.labels)
+        self.augment = augment if shuffle else None
         self.epoch = 0
         self.start = 0
 
@@ -193,5 +224,23 @@ class TensorLoader:
         order = order[self.rank :: self.world_size].to(self.labels.device)
         for i in range(self.start, len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
-            images = self.images[batch].float().div_(255)
+            images = self.images[batch]
+            if self.augment:
+                images = self._augmented(images, self.augment, i)
+            images = images.float().div_(255)
             yield images.contiguous(memory_format=self.memory_format), self.labels[batch]
+
+    def _augmented(self, images: Tensor, augment: AugmentConfig, step: int) -> Tensor:
+        """Crops and flips that depend on seed, epoch, step and rank alone."""
+        key = [self.seed, self.epoch, step, self.rank]
+        generator = np.random.default_rng(key)
+        count, _, height, width = images.shape
+        pad = augment.padding
+        top, left = torch.from_numpy(generator.integers(0, 2 * pad + 1, (2, count))).to(images.device)
+        flip = torch.from_numpy(generator.random(count) < augment.hflip).to(images.device)
+        rows = top[:, None] + torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        columns = left[:, None] + torch.where(flip[:, None], columns.flip(0), columns)
+        padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+        image = torch.arange(count, device=images.device)[:, None, None]
+        return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

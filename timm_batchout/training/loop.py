@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 import timm_batchout  # noqa: F401  (registers the zoo's models)
 from timm_batchout.inject import batchout_sites
+from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import write_atomically
 from timm_batchout.training.checkpoints import newest_checkpoint, restore_checkpoint
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.data import Split, load_data
 from timm_batchout.training.run import RECIPE, Interrupted, Run, stop_signals
+from timm_batchout.training.timm_data import TimmSplit, input_cfg
 from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['Interrupted', 'train']
@@ -53,7 +55,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     # device_specific: ranks must not share their draws of partners and dropout masks.
     set_seed(config.seed, device_specific=True)
     model = timm.create_model(config.model, **config.model_args)
-    _check_fit(model, splits[0])
+    _check_fit(config, model, splits[0])
     if config.batch_size * accelerator.num_processes > len(splits[0]):
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(splits[0])} images).')
     if config.dry_run:
@@ -77,27 +79,38 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _check_fit(model: nn.Module, split: Split) -> None:
+def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> None:
     """The model takes these images and has an output for every label."""
-    labels = int(split.labels.max()) + 1
     classes = int(model.num_classes)  # type: ignore[arg-type]
-    if classes < labels:
-        raise ValueError(f'The model has {classes} classes, the data {labels}: set model_args.num_classes={labels}.')
-    cfg: Any = model.pretrained_cfg
-    if any(cfg['mean']) or any(std != 1 for std in cfg['std']):
+    if classes < split.classes:
         raise ValueError(
-            f'This loop feeds pixels in [0, 1]; the model expects mean {cfg["mean"]} and std {cfg["std"]}. '
-            'To train it on pixels: model_args.pretrained_cfg_overlay={mean: [0, 0, 0], std: [1, 1, 1]}.'
+            f'The model has {classes} classes, the data {split.classes}: set model_args.num_classes={split.classes}.'
         )
+    cfg = input_cfg(model, config.data)
+    images = _two_images(cfg, split)
+    for name in ('mean', 'std'):
+        if len(cfg[name]) not in (1, images.shape[1]):
+            raise ValueError(
+                f'The images have {images.shape[1]} channels, the model takes {len(cfg[name])} by its {name}: set '
+                f'model_args.in_chans={images.shape[1]}, and model_args.pretrained_cfg_overlay={{mean: [...], '
+                'std: [...]} with one value per channel.'
+            )
     try:
         with torch.no_grad():
-            model.eval()(split.images[:2].float() / 255)
-    except RuntimeError as error:
+            PixelModel(model, cfg)(images)
+    except (RuntimeError, AssertionError) as error:  # timm's ViTs assert the size
         raise ValueError(
-            f'The model does not take images of shape {list(split.images.shape[1:])}: {error}. Set model_args.in_chans '
+            f'The model does not take images of shape {list(images.shape[1:])}: {error}. Set model_args.in_chans '
             'and model_args.img_size, or choose other data.'
         ) from error
     model.train()
+
+
+def _two_images(cfg: dict[str, Any], split: Split | TimmSplit) -> Tensor:
+    """As the loaders give them: float in [0, 1]. Those that workers will read are zeros of the size that they get."""
+    if isinstance(split, Split):
+        return split.images[:2].float() / 255
+    return torch.zeros(2, *cfg['input_size'])
 
 
 def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
@@ -135,7 +148,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> Iter
             yield prefix + key, was, now
 
 
-def _describe(config: TrainConfig, model: nn.Module, split: Split) -> dict[str, Any]:
+def _describe(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> dict[str, Any]:
     """A dry run: the resolved recipe, and what one process would hold in memory while it trains."""
     parameters = sum(p.numel() for p in model.parameters())
     saved: dict[int, int] = {}
@@ -144,7 +157,7 @@ def _describe(config: TrainConfig, model: nn.Module, split: Split) -> dict[str, 
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    images = split.images[:2].float() / 255
+    images = _two_images(input_cfg(model, config.data), split)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model.train()(images)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -14,18 +14,21 @@ import timm.optim
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from timm.data import Mixup
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_batchout.inject import batchout_sites
+from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.data import Split, TensorLoader, data_label
 from timm_batchout.training.objectives import make_objective
 from timm_batchout.training.scoring import score
+from timm_batchout.training.timm_data import TimmLoader, TimmSplit, input_cfg
 
 __all__ = ['RECIPE', 'Interrupted', 'Run', 'stop_signals']
 
@@ -40,16 +43,27 @@ class Interrupted(Exception):
 class Run:
     """A model in training, and all that goes with it from step to step."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module, splits: tuple[Split, ...], accelerator: Accelerator):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        splits: tuple[Split, ...] | tuple[TimmSplit, ...],
+        accelerator: Accelerator,
+    ):
         self.config = config
         self.accelerator = accelerator
         self.output = Path(config.output)
         self.objective = make_objective(config.objective)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        self.cfg = input_cfg(model, config.data)
+        self.classes = int(model.num_classes)  # type: ignore[arg-type]
         self.loader = self._loader(splits[0], config.batch_size, shuffle=True)
         self.val_loader = self._loader(splits[1], config.eval_batch_size)
         self.test_loader = self._loader(splits[2], config.eval_batch_size)
+        mixup, cutmix = config.augment.mixup, config.augment.cutmix
+        # The loss smooths the labels, of mixed images and of others.
+        self.mixup = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=self.classes) if mixup or cutmix else None
         self.updates_per_epoch = -(-len(self.loader) // config.accumulate)
         lr = config.optimizer.lr * (accelerator.num_processes if config.optimizer.scale_lr else 1)
         optimizer = timm.optim.create_optimizer_v2(
@@ -71,6 +85,7 @@ class Run:
         if config.compile:
             model.compile(backend=config.compile)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.pixel_model = PixelModel(self.model, self.cfg).to(accelerator.device)
         # Of the prepared model: only now do all processes have the weights of the first one.
         self.ema = (
             ModelEmaV3(accelerator.unwrap_model(self.model), decay=config.ema_decay) if config.ema_decay else None
@@ -82,12 +97,19 @@ class Run:
         self.saved_at = range(steps, len(self.loader), steps) if steps else ()  # within each epoch
         self.stop_asked = False
 
-    def _loader(self, split: Split, size: int, shuffle: bool = False) -> TensorLoader:
-        at = self.accelerator
-        rank, world_size = at.process_index, at.num_processes
-        return TensorLoader(
-            split, size, at.device, self.config.channels_last, shuffle, self.config.seed, rank, world_size
-        )
+    def _loader(self, split: Split | TimmSplit, size: int, shuffle: bool = False) -> TensorLoader | TimmLoader:
+        options: dict[str, Any] = {
+            'device': self.accelerator.device,
+            'channels_last': self.config.channels_last,
+            'shuffle': shuffle,
+            'seed': self.config.seed,
+            'rank': self.accelerator.process_index,
+            'world_size': self.accelerator.num_processes,
+            'augment': self.config.augment,
+        }
+        if isinstance(split, TimmSplit):
+            return TimmLoader(split, size, self.cfg, self.classes, **options)
+        return TensorLoader(split, size, **options)
 
     @property
     def forwards(self) -> int:
@@ -148,9 +170,12 @@ class Run:
             self._warm_up_eta(updates)
             self.optimizer.zero_grad()
         last = place == size - 1
+        targets = labels
+        if self.mixup:
+            images, targets = self.mixup(images, labels)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
-                loss = self.objective(self.model, images, labels)
+                loss = self.objective(self.pixel_model, images, targets)
             self.accelerator.backward(loss / size)
         self.losses[step] = loss.detach()  # read every so often: reading it here would stall a GPU at each step
         if last:
@@ -215,6 +240,9 @@ class Run:
         }
         if self.config.non_finite == 'skip':
             record['non_finite_losses'] = int((~finite).sum())
+        if isinstance(self.loader, TimmLoader):
+            broken = torch.tensor(self.loader.broken, device=self.accelerator.device)
+            record['broken_images'] = int(self.accelerator.reduce(broken, 'sum'))
         if record['epoch'] == self.config.epochs or record['epoch'] % self.config.eval_epochs == 0:
             record |= score(self.weights, self.val_loader, self.accelerator, prefix='val_')
             if record['val_accuracy'] > progress.best:

@@ -7,14 +7,18 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from timm_batchout.pixels import PixelModel
 from timm_batchout.sites import activation_sites
 from timm_batchout.training.data import TensorLoader
+from timm_batchout.training.timm_data import TimmLoader
 
 __all__ = ['score']
 
 
 @torch.no_grad()
-def score(model: nn.Module, loader: TensorLoader, accelerator: Accelerator, prefix: str = '') -> dict[str, Any]:
+def score(
+    model: nn.Module, loader: TensorLoader | TimmLoader, accelerator: Accelerator, prefix: str = ''
+) -> dict[str, Any]:
     """Accuracy and loss in float32, the spread of the logits, and the mean L2 norm in front of every activation.
 
     Norms and logit spread are there because BatchOut's stop-gradient can let features run away, which makes
@@ -22,47 +26,50 @@ def score(model: nn.Module, loader: TensorLoader, accelerator: Accelerator, pref
 
     Args:
         model: Not wrapped for distribution; every process has the same.
-        loader: This process's share of the images, every ``world_size``-th one.
+        loader: This process's share of the images.
         accelerator: Joins the shares.
         prefix: Of the names in the result.
 
     Returns:
         ``{prefix}accuracy``, ``correct``, ``n``, ``loss``, ``logit_std`` and ``norms``, of all images.
     """
-    model.eval()
-    norms: dict[str, list[Tensor]] = {}
+    pixel_model = PixelModel(model).to(accelerator.device)
+    sites = activation_sites(model)
+    norms = torch.zeros(len(sites), 2, device=accelerator.device, dtype=torch.float64)  # sum and count
 
-    def watch(name: str):
+    def watch(row: Tensor):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            norms.setdefault(name, []).append(args[0].float().flatten(1).norm(dim=1))
+            row.add_(torch.stack([args[0].float().flatten(1).norm(dim=1).sum(), row.new_tensor(len(args[0]))]))
 
         return hook
 
-    handles = [site.register_forward_pre_hook(watch(name)) for name, site in activation_sites(model).items()]
+    handles = [site.register_forward_pre_hook(watch(row)) for site, row in zip(sites.values(), norms, strict=True)]
+    logits = torch.zeros(0, int(model.num_classes), device=accelerator.device)  # type: ignore[arg-type]
+    labels = torch.zeros(0, dtype=torch.int64, device=accelerator.device)
+    outputs = [(logits, labels)]  # some process may have no image
     try:
-        outputs = [(model(images).float(), labels) for images, labels in loader]
+        outputs += [(pixel_model(images), labels) for images, labels in loader]
     finally:
         for handle in handles:
             handle.remove()
-    logits, labels = (_all(torch.cat(parts), loader.total, accelerator) for parts in zip(*outputs, strict=True))
+    logits, labels = (_all(torch.cat(parts), accelerator) for parts in zip(*outputs, strict=True))
     correct = int((logits.argmax(1) == labels).sum())
-    means = {name: torch.cat(values).mean() for name, values in norms.items()}
+    sums = dict(zip(sites, accelerator.reduce(norms, 'sum').tolist(), strict=True))
     return {
         f'{prefix}accuracy': correct / len(labels),
         f'{prefix}correct': correct,
         f'{prefix}n': len(labels),
         f'{prefix}loss': F.cross_entropy(logits, labels).item(),
         f'{prefix}logit_std': logits.std().item(),
-        f'{prefix}norms': {name: round(accelerator.reduce(mean, 'mean').item(), 2) for name, mean in means.items()},
+        f'{prefix}norms': {name: round(total / count, 2) for name, (total, count) in sums.items() if count},
     }
 
 
-def _all(share: Tensor, total: int, accelerator: Accelerator) -> Tensor:
-    """The rows of all processes in the order of the images. Shares differ by one row at most."""
-    world = accelerator.num_processes
-    if world == 1:
+def _all(share: Tensor, accelerator: Accelerator) -> Tensor:
+    """The rows of all processes. Shares may differ in length."""
+    if accelerator.num_processes == 1:
         return share
-    longest = -(-total // world)
-    padded = torch.cat([share, share[:1].expand(longest - len(share), *share.shape[1:])])
-    gathered = accelerator.gather(padded.contiguous()).unflatten(0, (world, longest))
-    return gathered.transpose(0, 1).flatten(0, 1)[:total]
+    lengths = accelerator.gather(torch.tensor([len(share)], device=share.device)).tolist()
+    padded = torch.cat([share, share.new_zeros(max(lengths) - len(share), *share.shape[1:])])
+    parts = accelerator.gather(padded).split(max(lengths))
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])

@@ -1,0 +1,11 @@
+"""Test processes side by side (``make test``) share the cores, and so do the processes that they start."""
+
+import os
+
+import torch
+
+workers = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
+if workers > 1:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ['OMP_NUM_THREADS'] = str(threads)

@@ -119,7 +119,8 @@ ONE_CHANNEL = '{in_chans: 1, num_classes: 10, pretrained_cfg_overlay: {mean: [0.
         ('test_resnet', ['--model_args', ONE_CHANNEL]),
         (
             'test_resnet',
-            ['--model_args', ONE_CHANNEL, '--optimizer.name', 'sgd', '--optimizer.lr', '0.05', '--precision', 'bf16'],
+            ['--model_args', ONE_CHANNEL, '--optimizer.name', 'sgd', '--optimizer.lr', '0.05', '--precision', 'bf16']
+            + ['--data.val_fraction', '0.7'],
         ),
     ],
 )

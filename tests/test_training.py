@@ -130,7 +130,7 @@ def test_objectives_and_options_learn(tmp_path, model, extra):
 
 def test_bf16_autocast_keeps_float32_weights(tmp_path):
     """A CPU without bf16 units is slow at it: a few steps only."""
-    few = ['--model', 'mnist_cnn', '--epochs', '2', '--data.val_fraction', '0.9', '--optimizer.name', 'sgd']
+    few = ['--model', 'test_resnet', '--model_args', ONE_CHANNEL, '--epochs', '2', '--data.val_fraction', '0.9']
     losses = {}
     for precision in ('no', 'bf16'):
         assert run(tmp_path / precision, *few, '--precision', precision) == 0

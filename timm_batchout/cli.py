@@ -161,7 +161,7 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     parser.add_argument('--config', action=ActionConfigFile, help='YAML file; later files and flags override it')
     parser.add_class_arguments(config_class)
     try:
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(_with_bases(arguments))
     except Exception as error:  # --help's SystemExit is none; jsonargparse raises argparse's errors and some of its own
         unknown = re.search(r"[Oo]ption '([\w.]+)'|arguments: --([\w.]+)", str(error))
         keys = [action.dest for action in parser._actions]
@@ -169,6 +169,37 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
         raise ValueError(f'{error}{hint}') from error
     values = vars(getattr(parser, 'instantiate', parser.instantiate_classes)(parsed))
     return config_class(**{key: value for key, value in values.items() if key != 'config'})
+
+
+def _with_bases(arguments: list[str]) -> list[str]:
+    """Recipes that name a ``base`` (a file beside them) are merged with it, key by key, into YAML text."""
+    merged = list(arguments)
+    for i, argument in enumerate(arguments):
+        path = Path(argument.removeprefix('--config='))
+        if (argument.startswith('--config=') or arguments[i - 1 : i] == ['--config']) and path.is_file():
+            recipe = _read_recipe(path)
+            if recipe:
+                merged[i] = ('--config=' if argument.startswith('--config=') else '') + recipe
+    return merged
+
+
+def _read_recipe(path: Path) -> str:
+    """The recipe, merged with its base; '' if it has none."""
+    import yaml
+
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict) or 'base' not in recipe:
+        return ''
+    base = path.parent / recipe.pop('base')
+    if not base.is_file():
+        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is not there.')
+    whole = yaml.safe_load(_read_recipe(base) or base.read_text())
+    return yaml.safe_dump(_merge(whole, recipe), sort_keys=False)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merge(base[key], over[key]) for key in base if isinstance(base[key], dict) and key in over}
+    return {**base, **over, **both}
 
 
 def _nearest(word: str, words: list[str]) -> str:

@@ -9,16 +9,18 @@ run/result.json          test accuracy, recipe, seed, versions, hardware, sha256
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 
 import timm_batchout  # noqa: F401  (registers the zoo's models)
@@ -48,13 +50,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config.validate()
     check_model_name(config.model)
     splits = load_data(config.data)
-    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
-    accelerator = Accelerator(
-        mixed_precision=config.precision, log_with=config.trackers or None, project_dir=config.output or None
-    )
+    accelerator = _accelerator(config)
     # device_specific: ranks must not share their draws of partners and dropout masks.
     set_seed(config.seed, device_specific=True)
-    model = timm.create_model(config.model, **config.model_args)
+    try:
+        model = timm.create_model(config.model, **config.model_args)
+    except TypeError as error:
+        raise ValueError(f'{config.model} does not take these model_args: {error}') from error
     _check_fit(config, model, splits[0])
     if config.batch_size * accelerator.num_processes > len(splits[0]):
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(splits[0])} images).')
@@ -77,6 +79,47 @@ def train(config: TrainConfig) -> dict[str, Any]:
     result = run.finish()
     accelerator.end_training()
     return result
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """What ``accelerate launch`` or torchrun has set up; several processes without a GPU talk over gloo."""
+    processes = int(os.environ.get('WORLD_SIZE', '1'))
+    on_cpu = parse_flag_from_env('ACCELERATE_USE_CPU') or not torch.accelerator.is_available()
+    sharded = [name for name in ('DEEPSPEED', 'FSDP') if parse_flag_from_env(f'ACCELERATE_USE_{name}')]
+    if sharded and on_cpu:
+        raise ValueError(f'{sharded[0]} needs GPUs, and there are none: recipes/accelerate/two_cpu_processes.yaml.')
+    if sharded and config.ema_decay:
+        raise ValueError(f'ema_decay needs whole weights in every process, {sharded[0]} has shards: set it to 0.')
+    if sharded == ['DEEPSPEED'] and (config.accumulate > 1 or config.non_finite == 'skip'):
+        raise ValueError('DeepSpeed steps by itself: accumulate must be 1 and non_finite stop.')
+    _rendezvous_after_restart('gloo' if on_cpu else None)
+    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
+    accelerator = Accelerator(
+        cpu=on_cpu and processes > 1,
+        mixed_precision=config.precision,
+        log_with=config.trackers or None,
+        project_dir=config.output or None,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.state.deepspeed_plugin.deepspeed_config
+        engine['train_micro_batch_size_per_gpu'] = config.batch_size
+        engine['gradient_clipping'] = config.clip_grad
+    return accelerator
+
+
+def _rendezvous_after_restart(backend: str | None) -> None:
+    """Join the other processes that a launcher on one machine has started again.
+
+    torch's static rendezvous hands them the key-value store of those that died, with their addresses in it; keys with
+    a prefix are new ones. (The c10d rendezvous, for several machines, has a new store each time.)
+    """
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if restarts == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1' or dist.is_initialized():
+        return
+    world_size = int(os.environ['WORLD_SIZE'])
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, is_master=False)
+    prefixed = dist.PrefixStore(f'restart_{restarts}', store)
+    dist.init_process_group(backend, store=prefixed, rank=int(os.environ['RANK']), world_size=world_size)
 
 
 def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> None:

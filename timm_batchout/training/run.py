@@ -289,8 +289,8 @@ class Run:
             'seconds': round(sum(record['seconds'] for record in metrics), 1),
             'environment': {**environment(self.accelerator.device), 'processes': self.accelerator.num_processes},
         }
+        result['sha256'] = self._write_weights('model.safetensors')
         if self.accelerator.is_main_process:
-            result['sha256'] = self._write_weights('model.safetensors')
             write_atomically(self.output / 'result.json', json.dumps(result, indent=2) + '\n')
             accuracy = f'{test["test_accuracy"]:.4f} ({test["test_correct"]}/{test["test_n"]})'
             tqdm.write(f'test accuracy {accuracy} -> {self.output}')
@@ -298,9 +298,11 @@ class Run:
 
     def _write_weights(self, name: str) -> str:
         """The plain net's state_dict as safetensors; returns the file's sha256, '' on all but the main process."""
+        # Of all processes: with FSDP each holds a part.
+        whole = self.ema.module.state_dict() if self.ema else self.accelerator.get_state_dict(self.model)
         if not self.accelerator.is_main_process:
             return ''
-        state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.state_dict().items()}
+        state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
         path = self.output / name
         temporary = path.with_suffix('.tmp')
         save_file(state_dict, temporary, metadata={'format': 'pt'})

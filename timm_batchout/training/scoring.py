@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from timm_batchout.pixels import PixelModel
@@ -48,7 +49,10 @@ def score(
     labels = torch.zeros(0, dtype=torch.int64, device=accelerator.device)
     outputs = [(logits, labels)]  # some process may have no image
     try:
-        outputs += [(pixel_model(images), labels) for images, labels in loader]
+        for images, targets in loader:
+            outputs.append((pixel_model(images), targets))
+        for _ in range(_forwards(len(loader), accelerator) - len(loader)):
+            pixel_model(images[:1])
     finally:
         for handle in handles:
             handle.remove()
@@ -73,3 +77,10 @@ def _all(share: Tensor, accelerator: Accelerator) -> Tensor:
     padded = torch.cat([share, share.new_zeros(max(lengths) - len(share), *share.shape[1:])])
     parts = accelerator.gather(padded).split(max(lengths))
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def _forwards(own: int, accelerator: Accelerator) -> int:
+    """How many this process must take part in: with FSDP, in as many as any other."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return 0
+    return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())

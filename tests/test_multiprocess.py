@@ -89,6 +89,7 @@ def test_two_processes_end_with_the_same_weights(two_processes):
     assert result['metrics']['test_n'] == 360, 'each test image once'
 
 
+@pytest.mark.slow
 def test_one_cpu_config(tmp_path):
     environ = {**os.environ, 'OMP_NUM_THREADS': '1'}
     module = ['-m', 'timm_batchout.cli', *TRAIN, '--epochs', '1', '--schedule.warmup_epochs', '0']

@@ -142,6 +142,7 @@ def test_killed_within_an_epoch_and_resumed_by_another_process(tmp_path, alone):
     assert outcome(output) == alone
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_killed_and_resumed(tmp_path):
     finish(start(TWO, arguments(tmp_path, tmp_path / 'whole')))

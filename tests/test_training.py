@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,8 +18,8 @@ from torch import nn
 from timm_batchout import batchout_sites
 from timm_batchout.cli import main, parse
 from timm_batchout.fgsm import fgsm
-from timm_batchout.training.config import DataConfig, ObjectiveConfig, TrainConfig
-from timm_batchout.training.data import TensorLoader, load_data, load_split
+from timm_batchout.training.config import AugmentConfig, DataConfig, ObjectiveConfig, TrainConfig
+from timm_batchout.training.data import Split, TensorLoader, load_data, load_split
 from timm_batchout.training.objectives import make_objective
 
 DIGITS = ['--data.name', 'digits', '--batch_size', '64', '--schedule.warmup_epochs', '0.5']
@@ -276,28 +277,28 @@ def test_unknown_key_in_a_recipe_names_the_nearest(tmp_path, capsys):
         assert f'Did you mean {nearest!r}?' in capsys.readouterr().err
 
 
-def test_every_recipe_is_valid():
-    from pathlib import Path
+RECIPES = Path(__file__).parents[1] / 'recipes'
 
-    recipes = sorted((Path(__file__).parent.parent / 'recipes').rglob('*.yaml'))
+
+@pytest.mark.parametrize('folder', ['', 'paper', 'cifar10', 'imagenet'])
+def test_every_recipe_is_valid(folder):
+    recipes = [path for path in sorted((RECIPES / folder).glob('*.yaml')) if path.stem != 'base']
     assert recipes
     for recipe in recipes:
         config = parse(TrainConfig, ['--config', str(recipe), '--output', 'x'])
         config.validate()
-        model = timm.create_model(config.model, **config.model_args)
+        with torch.device('meta'):
+            model = timm.create_model(config.model, **{**config.model_args, 'pretrained': False})
         assert bool(batchout_sites(model)) == config.model.startswith('batchout_')
 
 
 def test_recipes_of_a_dataset_share_optimizer_schedule_and_epochs():
-    from pathlib import Path
-
-    folder = Path(__file__).parent.parent / 'recipes' / 'paper'
+    folder = RECIPES / 'paper'
+    names = ('data', 'optimizer', 'schedule', 'epochs', 'batch_size', 'seed')
     for data in ('mnist', 'cifar10'):
-        shared = {
-            str([parse(TrainConfig, ['--config', str(path), '--output', 'x']).__dict__[key] for key in
-                 ('data', 'optimizer', 'schedule', 'epochs', 'batch_size', 'seed')])
-            for path in folder.glob(f'{data}_*.yaml')
-        }  # fmt: skip
+        recipes = [yaml.safe_load(path.read_text()) for path in folder.glob(f'{data}_*.yaml')]
+        assert len(recipes) == 4
+        shared = {str([recipe[name] for name in names]) for recipe in recipes}
         assert len(shared) == 1
 
 
@@ -331,3 +332,75 @@ def test_ranks_share_an_epoch_without_overlap():
     for batch, *shares in zip(whole, *parts, strict=True):
         union = torch.stack([shares[0][0], shares[1][0]], dim=1).flatten(0, 1)
         assert torch.equal(union, batch[0])
+
+
+def test_a_recipe_states_what_differs_from_its_base(tmp_path, capsys):
+    (tmp_path / 'base.yaml').write_text('epochs: 7\nmodel_args: {k: 0.25, eta: 0.2}\noptimizer: {name: sgd, lr: 0.1}\n')
+    middle = tmp_path / 'middle' / 'middle.yaml'
+    middle.parent.mkdir()
+    middle.write_text('base: ../base.yaml\nmodel_args: {eta: 0.1}\n')
+    (tmp_path / 'recipe.yaml').write_text('base: middle/middle.yaml\noptimizer: {lr: 0.2}\nmodel: batchout_cifar_vgg\n')
+    for flag in (['--config', str(tmp_path / 'recipe.yaml')], [f'--config={tmp_path / "recipe.yaml"}']):
+        config = parse(TrainConfig, [*flag, '--optimizer.momentum', '0.5'])
+        assert (config.epochs, config.model) == (7, 'batchout_cifar_vgg')
+        assert config.model_args == {'k': 0.25, 'eta': 0.1}
+        assert (config.optimizer.name, config.optimizer.lr, config.optimizer.momentum) == ('sgd', 0.2, 0.5)
+    middle.write_text('base: nowhere.yaml')
+    assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
+    assert 'nowhere.yaml' in capsys.readouterr().err
+    middle.write_text('base: ../base.yaml\nepoch: 3')
+    assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
+    assert "Did you mean 'epochs'?" in capsys.readouterr().err
+
+
+def test_trackers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(tmp_path / 'run', '--epochs', '1', '--schedule.warmup_epochs', '0', '--trackers', '[tensorboard]') == 0
+    (events,) = (tmp_path / 'run').rglob('events.out.*.0')
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    logged = [event.value for event in accumulator.Scalars('val_accuracy')]
+    assert logged == pytest.approx([line['val_accuracy'] for line in lines(tmp_path / 'run')])
+
+
+def test_crops_and_flips_on_the_device_depend_on_seed_epoch_and_step_alone():
+    split = Split(torch.arange(64 * 3 * 64, dtype=torch.int64).view(64, 3, 8, 8).to(torch.uint8), torch.arange(64))
+
+    def batches(augment, seed=0, start=0):
+        loader = TensorLoader(split, 16, shuffle=True, seed=seed, augment=augment)
+        loader.start = start
+        return [(images * 255).round().to(torch.uint8) for images, _ in loader]
+
+    plain = torch.cat(batches(AugmentConfig()))
+    flipped = torch.cat(batches(AugmentConfig(hflip=1.0)))
+    assert torch.equal(flipped, plain.flip(3))
+    augment = AugmentConfig(hflip=0.5, padding=2)
+    once, again = batches(augment), batches(augment)
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(once[2:], batches(augment, start=2), strict=True))
+    # Each is a window of the padded image, flipped or not.
+    padded = torch.nn.functional.pad(plain, (2, 2, 2, 2))
+    for image, source in zip(torch.cat(once), padded, strict=True):
+        windows = source.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        assert any(torch.equal(image, w) or torch.equal(image, w.flip(2)) for w in windows)
+    assert not torch.equal(torch.cat(once), plain)
+
+
+def test_broken_images_and_empty_classes_of_a_folder(tmp_path, capsys):
+    folder = tmp_path / 'tiny'
+    for part in ('train', 'test'):
+        for name in ('cat', 'ant'):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new('RGB', (8, 8)).save(folder / part / name / f'{i}.png')
+    (folder / 'train' / 'cat' / 'torn.png').write_bytes(b'no image')
+    config = DataConfig('image_folder', str(folder))
+    with pytest.warns(UserWarning, match=r'1 images do not decode and are left out: .*torn\.png'):
+        assert len(load_split(config, train=True)) == 6
+    with pytest.raises(ValueError, match=r'torn\.png does not decode .*data\.broken=skip'):
+        load_split(DataConfig('image_folder', str(folder), broken='stop'), train=True)
+    (folder / 'test' / 'dog').mkdir()
+    for train in (True, False):
+        with pytest.raises(ValueError, match=r'Classes of .* without an image in .*: dog\.'):
+            load_split(DataConfig('image_folder', str(folder)), train=train)

@@ -13,7 +13,7 @@ import torch
 
 import timm_batchout  # noqa: F401
 from timm_batchout.cli import parse
-from timm_batchout.robustness.evaluate import evaluate
+from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.data import load_split
 from timm_batchout.training.loop import train
@@ -33,7 +33,7 @@ def train_and_attack(model_name: str) -> dict:
     train(config)
     model = timm.create_model(model_name, checkpoint_path=str(run / 'model.safetensors'))
     test = load_split(config.data, train=False)
-    return evaluate(model, test.images, test.labels, EPSILONS)
+    return fgsm_scores(model, test.images, test.labels, EPSILONS)
 
 
 def draw(reports: dict[str, dict], path: Path) -> None:

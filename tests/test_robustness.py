@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from timm_batchout.pixels import PixelModel
-from timm_batchout.robustness.evaluate import evaluate, parse_epsilon
+from timm_batchout.robustness.fgsm_scores import fgsm_scores, parse_epsilon
 
 
 class Threshold(nn.Module):
@@ -25,7 +25,7 @@ LABELS = (IMAGES.flatten() > 0.5).long()
 
 
 def test_counts_of_a_linear_net():
-    report = evaluate(Threshold(), IMAGES, LABELS, [0.0, 0.1, '0.2', '1/2'], batch_size=3)
+    report = fgsm_scores(Threshold(), IMAGES, LABELS, [0.0, 0.1, '0.2', '1/2'], batch_size=3)
     assert report['n'] == 10
     assert report['clean'] == {'correct': 10, 'accuracy': 1.0}
     assert {eps: score['correct'] for eps, score in report['fgsm'].items()} == {'0.0': 10, '0.1': 8, '0.2': 6, '1/2': 0}
@@ -34,12 +34,12 @@ def test_counts_of_a_linear_net():
 
 def test_robust_means_right_before_and_after():
     """With the labels swapped every image is wrong at first; FGSM moves them further away, and none counts."""
-    report = evaluate(Threshold(), IMAGES, 1 - LABELS, [0.6])
+    report = fgsm_scores(Threshold(), IMAGES, 1 - LABELS, [0.6])
     assert report['clean']['correct'] == 0 and report['fgsm']['0.6']['correct'] == 0
 
 
 def test_vanished_gradients_are_counted():
-    report = evaluate(Threshold(scale=1e6), IMAGES, LABELS, [0.2])
+    report = fgsm_scores(Threshold(scale=1e6), IMAGES, LABELS, [0.2])
     assert report['zero_gradient_share'] == 1
     assert report['fgsm']['0.2']['correct'] == 10, 'the attack did nothing, which is the point'
 
@@ -48,9 +48,9 @@ def test_uint8_images_and_mode():
     net = nn.Sequential(nn.Dropout(0.9), Threshold())
     net.train()
     pixels = (IMAGES * 255).round().to(torch.uint8)
-    assert evaluate(net, pixels, LABELS)['clean']['correct'] == 10, 'dropout was on'
+    assert fgsm_scores(net, pixels, LABELS)['clean']['correct'] == 10, 'dropout was on'
     assert net.training
-    assert not evaluate(net.eval(), pixels, LABELS)['fgsm']
+    assert not fgsm_scores(net.eval(), pixels, LABELS)['fgsm']
     assert not net.training
 
 
@@ -69,8 +69,8 @@ def test_bad_epsilon(epsilon):
 
 def test_bad_images():
     with pytest.raises(ValueError, match=r'must lie in \[0, 1\], got \[0.1, 1.9\]'):
-        evaluate(Threshold(), IMAGES * 2, LABELS)
+        fgsm_scores(Threshold(), IMAGES * 2, LABELS)
     with pytest.raises(ValueError, match='no images'):
-        evaluate(Threshold(), IMAGES[:0], LABELS[:0])
+        fgsm_scores(Threshold(), IMAGES[:0], LABELS[:0])
     with pytest.raises(ValueError, match='10 images, 9 labels'):
-        evaluate(Threshold(), IMAGES, LABELS[:9])
+        fgsm_scores(Threshold(), IMAGES, LABELS[:9])

@@ -18,6 +18,7 @@ from torch import nn
 from timm_batchout import batchout_sites
 from timm_batchout.cli import main, parse
 from timm_batchout.fgsm import fgsm
+from timm_batchout.robustness import Report
 from timm_batchout.training.config import AugmentConfig, DataConfig, ObjectiveConfig, TrainConfig
 from timm_batchout.training.data import Split, TensorLoader, load_data, load_split
 from timm_batchout.training.objectives import make_objective
@@ -59,16 +60,17 @@ def test_run_folder(finished):
     assert (config['model'], config['epochs'], config['data']['name']) == ('batchout_mnist_cnn', 4, 'digits')
 
 
-def test_weights_are_the_plain_nets_and_score_as_stated(finished, capsys):
+def test_weights_are_the_plain_nets_and_score_as_stated(finished, tmp_path):
     result = json.loads((finished / 'result.json').read_text())
     file = finished / 'model.safetensors'
     assert set(load_file(file)) == set(timm.create_model('mnist_cnn').state_dict())
-    arguments = ['--model', 'mnist_cnn', '--checkpoint', str(file), '--data.name', 'digits']
-    assert main(['evaluate', *arguments, '--epsilons', '[0.1, 8/255]']) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report['test']['clean']['correct'] == result['metrics']['test_correct']
-    assert report['test']['fgsm']['0.1']['correct'] < report['test']['fgsm']['8/255']['correct']
-    assert report['test']['fgsm']['8/255']['correct'] <= report['test']['clean']['correct']
+    output = tmp_path / 'report.json'
+    arguments = ['mnist_cnn', '--checkpoint', str(file), '--data.name', 'digits', '--eps', '[0.1, 8/255]']
+    assert main(['evaluate', *arguments, '--audit', 'false', '--output', str(output)]) == 0
+    report = Report.load(output)
+    assert report.score('clean').correct == result['metrics']['test_correct']
+    assert report.score('fgsm', '0.1').correct < report.score('fgsm', '8/255').correct
+    assert report.score('fgsm', '8/255').correct <= report.score('clean').correct
 
 
 def test_the_recorded_config_repeats_the_run_bit_for_bit(finished, tmp_path):
@@ -76,6 +78,21 @@ def test_the_recorded_config_repeats_the_run_bit_for_bit(finished, tmp_path):
     assert main(['train', '--config', str(finished / 'config.yaml'), '--output', str(again)]) == 0
     assert lines(again) == lines(finished)
     assert (again / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
+
+
+def test_a_run_whose_recipe_is_older_than_a_field_resumes(finished, tmp_path):
+    cut = tmp_path / 'cut'
+    shutil.copytree(finished, cut)
+    recipe = yaml.safe_load((cut / 'config.yaml').read_text())
+    recipe['output'] = str(cut)
+    asked = tmp_path / 'asked.yaml'
+    asked.write_text(yaml.safe_dump(recipe))
+    del recipe['clip_grad'], recipe['data']['options']
+    (cut / 'config.yaml').write_text(yaml.safe_dump(recipe))
+    assert main(['train', '--config', str(asked), '--resume', 'true']) == 0
+    recipe['data']['val_fraction'] = 0.3  # a field that is there, and differs, is a change
+    (cut / 'config.yaml').write_text(yaml.safe_dump(recipe))
+    assert main(['train', '--config', str(asked), '--resume', 'true']) == 2
 
 
 def test_resume_ends_with_the_same_weights(finished, tmp_path):

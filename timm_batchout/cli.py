@@ -1,8 +1,9 @@
-"""The command line: timm-batchout train | evaluate | verify | list. Every flag is a field of a config dataclass."""
+"""The command line: timm-batchout COMMAND. Every flag is a field of a config dataclass."""
 
 import difflib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
-from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness.evaluate import evaluate, parse_epsilon
+from timm_batchout.robustness import Report, comparison, evaluate
+from timm_batchout.robustness.fgsm_scores import fgsm_scores
+from timm_batchout.robustness.plots import draw_curves
 from timm_batchout.training.config import DataConfig, TrainConfig
 from timm_batchout.training.data import data_label, load_split
 from timm_batchout.zoo import weights
@@ -23,23 +26,58 @@ __all__ = ['main']
 
 @dataclass
 class EvaluateConfig:
-    """Clean accuracy of a model on a test set, and robust accuracy under FGSM.
+    """Accuracy of a model, clean and under attack, and whether its gradients can be trusted, as one JSON report.
 
     Args:
-        model: A timm model name, with or without tag.
+        model: A timm model name, with or without tag, or hf-hub:NAMESPACE/NAME.
         checkpoint: Score this .safetensors file instead of the pretrained weights.
+        model_args: Keyword arguments for ``timm.create_model``.
         data: The test set.
-        epsilons: FGSM radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
+        n: Its first images; 0: all of it.
+        attacks: fgsm, pgd, pgd_l2, deepfool, ddn, autoattack, autoattack_l2, transfer, noise, corruptions.
+        eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
+        eps_l2: L2 radii in [0, 1] pixels.
+        settings: Of the attacks, in place of their defaults: '{pgd: {steps: 100}}'.
+        transfer_from: The model whose adversarial images 'transfer' takes.
+        audit: Check for gradient masking.
         batch_size: Images at a time.
-        output: Write the numbers to this JSON file as well.
+        seed: Of the attacks.
+        device: Where to compute; empty: a GPU if there is one.
+        output: Write the report to this JSON file.
+        figure: Draw accuracy over the radius to this file (.svg, .png).
+        resume: Go on where a run with the same settings was broken off.
     """
 
     model: str
     checkpoint: str = ''
+    model_args: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
-    epsilons: list[float | str] = field(default_factory=list)
-    batch_size: int = 500
+    n: int = 0
+    attacks: list[str] = field(default_factory=lambda: ['fgsm'])
+    eps: list[float | str] = field(default_factory=lambda: ['8/255'])
+    eps_l2: list[float | str] = field(default_factory=lambda: ['0.5'])
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer_from: str = ''
+    audit: bool = True
+    batch_size: int = 100
+    seed: int = 0
+    device: str = ''
     output: str = ''
+    figure: str = ''
+    resume: bool = False
+
+
+@dataclass
+class CompareConfig:
+    """Reports of several models as one table, and as curves.
+
+    Args:
+        reports: JSON files that ``evaluate`` wrote.
+        figure: Draw accuracy over the radius to this file (.svg, .png).
+    """
+
+    reports: list[str]
+    figure: str = ''
 
 
 @dataclass
@@ -71,20 +109,57 @@ def run_train(config: TrainConfig) -> int:
 
 
 def run_evaluate(config: EvaluateConfig) -> int:
-    for epsilon in config.epsilons:
-        parse_epsilon(epsilon)  # before any weights or images are read
+    from timm_batchout.robustness.attacks import check_available
+
+    check_available([*config.attacks, *(['pgd'] if config.audit else [])])
+    if config.figure and not config.output:
+        raise ValueError('A figure is drawn from a report: name an --output as well.')
+    model = _load(config.model, config.checkpoint, config.model_args)
     split = load_split(config.data, train=False)
-    model = _load(config.model, config.checkpoint)
-    report = {
-        'model': config.model,
-        'checkpoint': config.checkpoint or None,
-        'data': data_label(config.data),
-        'test': evaluate(model, split.images, split.labels, config.epsilons, config.batch_size),
-        'environment': environment(),
-    }
-    print(json.dumps(report, indent=2))
-    if config.output:
-        write_atomically(Path(config.output), json.dumps(report, indent=2) + '\n')
+    n = config.n or len(split)
+    if not 0 < n <= len(split):
+        raise ValueError(f'n must lie in [1, {len(split)}], the images of the test set, got {config.n}.')
+    chunks = Path(f'{config.output}.chunks') if config.output else None
+    state = _processes()
+    if chunks and not config.resume and state.is_main_process:
+        shutil.rmtree(chunks, ignore_errors=True)
+    state.wait_for_everyone()
+    device = config.device or str(state.device)
+    report = evaluate(
+        model.to(device),
+        split.images[:n].to(device),
+        split.labels[:n].to(device),
+        config.attacks,
+        config.eps,
+        config.eps_l2,
+        settings=config.settings,
+        transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
+        audit=config.audit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        name=config.checkpoint or config.model,
+        data=data_label(config.data),
+        chunks=chunks,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        wait=state.wait_for_everyone,
+        progress=sys.stderr.isatty(),
+    )
+    if state.is_main_process:
+        print(report.table())
+        if chunks:
+            report.save(config.output)
+            shutil.rmtree(chunks, ignore_errors=True)
+        if config.figure:
+            draw_curves([report], config.figure)
+    return 0
+
+
+def run_compare(config: CompareConfig) -> int:
+    reports = [Report.load(path) for path in config.reports]
+    print(comparison(reports))
+    if config.figure:
+        draw_curves(reports, config.figure)
     return 0
 
 
@@ -103,7 +178,7 @@ def run_verify(config: VerifyConfig) -> int:
         if card['data'] not in splits:
             splits[card['data']] = load_split(replace(data, root=config.roots[card['data']]), train=False)
         split = splits[card['data']]
-        found = evaluate(
+        found = fgsm_scores(
             timm.create_model(name, pretrained=True), split.images, split.labels, list(card['test']['fgsm'])
         )
         same = found == card['test']
@@ -120,6 +195,7 @@ def run_list(config: ListConfig) -> int:
 COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     'train': (run_train, TrainConfig),
     'evaluate': (run_evaluate, EvaluateConfig),
+    'compare': (run_compare, CompareConfig),
     'verify': (run_verify, VerifyConfig),
     'list': (run_list, ListConfig),
 }
@@ -155,6 +231,7 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     """
     if not arguments and not fields(config_class):
         return config_class()  # nothing to parse: `list` works without the extra packages
+    arguments = _named(config_class, arguments)
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(config_class.__doc__ or '').splitlines()[0])
@@ -169,6 +246,19 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
         raise ValueError(f'{error}{hint}') from error
     values = vars(getattr(parser, 'instantiate', parser.instantiate_classes)(parsed))
     return config_class(**{key: value for key, value in values.items() if key != 'config'})
+
+
+def _named(config_class: type, arguments: list[str]) -> list[str]:
+    """What stands before the first flag is the first field: MODEL, or several files."""
+    flags = next((i for i, argument in enumerate(arguments) if argument.startswith('-')), len(arguments))
+    if flags == 0 or not fields(config_class):
+        return arguments
+    first = fields(config_class)[0]
+    several = str(first.type).startswith('list')
+    if flags > 1 and not several:
+        raise ValueError(f'Name one {first.name}, got {flags}: {" ".join(arguments[:flags])}.')
+    value = json.dumps(arguments[:flags]) if several else arguments[0]
+    return [f'--{first.name}={value}', *arguments[flags:]]
 
 
 def _with_bases(arguments: list[str]) -> list[str]:
@@ -214,14 +304,20 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _load(name: str, checkpoint: str) -> Any:
+def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) -> Any:
     """A model by name, with its pretrained weights or those of a safetensors file."""
     check_model_name(name)
-    if not checkpoint:
-        return timm.create_model(name, pretrained=True)
-    if not checkpoint.endswith('.safetensors'):
+    if checkpoint and not checkpoint.endswith('.safetensors'):
         raise ValueError(f'checkpoint must be a .safetensors file, got {checkpoint!r}: pickles can run code.')
-    return timm.create_model(name, checkpoint_path=checkpoint)
+    weights_of = {'checkpoint_path': checkpoint} if checkpoint else {'pretrained': True}
+    return timm.create_model(name, **{**weights_of, **(model_args or {})})
+
+
+def _processes() -> Any:
+    """Accelerate's view of the processes that share the work."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 if __name__ == '__main__':

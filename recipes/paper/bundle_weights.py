@@ -14,7 +14,7 @@ import timm
 
 import timm_batchout  # noqa: F401
 from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness.evaluate import evaluate
+from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.training.config import DataConfig
 from timm_batchout.training.data import load_split
 from timm_batchout.zoo.weights import FOLDER, bundled_cards, table
@@ -49,7 +49,7 @@ def main() -> None:
         'data': result['data'],
         'sha256': result['sha256'],
         'seed': result['seed'],
-        'test': evaluate(model, split.images, split.labels, epsilons),
+        'test': fgsm_scores(model, split.images, split.labels, epsilons),
         'training': {**result['metrics'], 'seconds': result['seconds'], 'environment': result['environment']},
         'recipe': recipe,
         'environment': environment(),

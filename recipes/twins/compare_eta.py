@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from timm_batchout import batchout_sites
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness.evaluate import evaluate
+from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.data import Split, data_label, load_split
 from timm_batchout.training.loop import train
@@ -90,7 +90,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'eta': model_args.get('eta'),
         'sites': len(batchout_sites(model)),
         'train_loss': result['metrics']['train_loss'],
-        'test': evaluate(model, test.images, test.labels, EPSILONS),
+        'test': fgsm_scores(model, test.images, test.labels, EPSILONS),
         'deepfool': deepfool(model, test.images[:DEEPFOOL_IMAGES], test.labels[:DEEPFOOL_IMAGES]),
         'recipe': result['recipe'],
         'environment': environment(),

@@ -1,86 +1,291 @@
-"""How many images does a model get right, clean and under FGSM?"""
+"""A model under attack: chunk by chunk, each saved as soon as it is done, to one Report."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_batchout.fgsm import gradient_sign
 from timm_batchout.pixels import PixelModel
+from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available, frozen
+from timm_batchout.robustness.audit import measure, suspicions, verdict
+from timm_batchout.robustness.fgsm_scores import parse_epsilon
+from timm_batchout.robustness.report import Report, Score
 
-__all__ = ['evaluate', 'parse_epsilon']
+__all__ = ['evaluate']
 
-
-def parse_epsilon(epsilon: str | float) -> float:
-    """``'8/255'``, ``'0.3'`` or a number, in [0, 1] pixels.
-
-    Raises:
-        ValueError: Not a number, or outside [0, 1].
-    """
-    try:
-        value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"epsilon must be a number such as 0.3 or '8/255', got {epsilon!r}.") from error
-    if not 0 <= value <= 1:
-        raise ValueError(f'epsilon is in [0, 1] pixels, got {epsilon!r}. Divide 8-bit values by 255.')
-    return value
+AUDIT_IMAGES = 200
 
 
 def evaluate(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    epsilons: Sequence[str | float] = (),
-    batch_size: int = 500,
-) -> dict[str, Any]:
-    """Clean accuracy, and robust accuracy under FGSM at every epsilon.
+    attacks: Sequence[str] = ('fgsm',),
+    eps: Sequence[str | float] = ('8/255',),
+    eps_l2: Sequence[str | float] = ('0.5',),
+    *,
+    settings: dict[str, dict[str, Any]] | None = None,
+    transfer_from: nn.Module | None = None,
+    audit: bool = False,
+    batch_size: int = 100,
+    seed: int = 0,
+    name: str = '',
+    data: str = '',
+    indices: Sequence[int] | None = None,
+    chunks: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    progress: bool = False,
+) -> Report:
+    """Accuracy of a model, clean and under each attack; robust means right before and right after.
 
-    Robust means right before and right after the attack. Single-step attacks say little about robustness: they are
-    here because the paper reports them.
+    Chunks of images are attacked one by one, each with a seed of its own, so that a broken-off run goes on where it was
+    and several processes share the work, to the same numbers.
 
     Args:
-        model: Takes normalised images to logits; left in the mode it came in.
+        model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Left in the mode
+            that it came in.
         images: (N, C, H, W), uint8, or floating in [0, 1].
         labels: (N,), int64.
-        epsilons: L-infinity radii, as numbers or strings such as '8/255'.
-        batch_size: Images at a time; the numbers do not depend on it beyond float rounding.
+        attacks: Names of ``ATTACKS``.
+        eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
+        eps_l2: L2 radii in [0, 1] pixels.
+        settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``.
+        transfer_from: The model that 'transfer' crafts its images on.
+        audit: Check for gradient masking, and mark what it spoils.
+        batch_size: Images per chunk.
+        seed: Of the attacks.
+        name, data: For the report.
+        indices: Which images of the data set these are; None: the first ones.
+        chunks: Folder where chunks are kept until the report stands; None: in memory only.
+        rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
+        wait: Returns when all processes have come to it.
+        progress: Show a bar.
 
     Returns:
-        ``{'n', 'clean': {'correct', 'accuracy'}, 'fgsm': {epsilon: {'correct', 'accuracy'}}, 'zero_gradient_share'}``;
-        the last one is the share of images whose input gradient is exactly zero: above 0, FGSM cannot be trusted.
+        The report; on all processes the same.
 
     Raises:
-        ValueError: No images, images without labels or outside [0, 1]; an epsilon outside [0, 1].
+        ValueError: An unknown attack or setting, a package that is missing, a radius outside [0, 1] (L2: below 0),
+            images outside [0, 1], labels outside the classes, fewer than two classes, logits that are no numbers, an
+            output that is no tensor. Before the first attack.
     """
-    radii = {str(epsilon): parse_epsilon(epsilon) for epsilon in epsilons}
+    check_available(attacks)
+    options = _options(attacks, settings or {}, transfer_from)
+    radii = {'Linf': _radii(eps), 'L2': {str(epsilon): _l2_radius(epsilon) for epsilon in eps_l2}}
+    radii[''] = radii['Linf']
+    if world_size > 1 and chunks is None:
+        raise ValueError('Several processes share their work in a folder: name one as chunks.')
+    was_training = model.training
+    started = time.perf_counter()
+    pixel_model = PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
+    try:
+        check_input(pixel_model, images, labels)
+        sha256 = _hash(model)
+        stated = {name: {k: v for k, v in options[name].items() if k != 'source'} for name in attacks}
+        if transfer_from is not None and 'transfer' in stated:
+            stated['transfer']['source_sha256'] = _hash(transfer_from)
+        key = [sha256, _hash_tensors(images, labels), stated, radii, batch_size, seed]
+        store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
+        jobs = [(attack, start) for attack in ('clean', *attacks) for start in range(0, len(images), batch_size)]
+        done: dict[tuple[str, int], dict] = {}
+        with frozen(pixel_model):
+            for attack, start in _bar(jobs[rank::world_size], progress and rank == 0):
+                done[attack, start] = _chunk(
+                    store, pixel_model, images, labels, attack, start, batch_size, radii, options, seed
+                )
+            wait()
+            for attack, start in jobs:
+                if (attack, start) not in done:
+                    done[attack, start] = _read(store, attack, start)
+            size = slice(0, AUDIT_IMAGES)
+            radius = max(radii['Linf'].values(), default=8 / 255) or 8 / 255
+            measured = measure(pixel_model, _pixels(images, size), labels[size], radius, seed=seed) if audit else {}
+    finally:
+        model.train(was_training)
+    scores = [
+        score
+        for attack in ('clean', *attacks)
+        for score in _scores(attack, [done[job] for job in jobs if job[0] == attack], radii)
+    ]
+    found = None
+    if audit:
+        reasons = suspicions(measured, scores)
+        found = {**measured, 'suspicions': reasons, 'verdict': verdict(reasons)}
+        for score in scores:
+            score.masked = bool(reasons) and score.attack != 'clean' and ATTACKS[score.attack].gradient
+    return Report(
+        model=name or type(model).__name__,
+        data=data,
+        n=len(images),
+        indices=list(range(len(images))) if indices is None else list(indices),
+        batch_size=batch_size,
+        seed=seed,
+        weights_sha256=sha256,
+        preprocessing={
+            'mean': pixel_model.mean.flatten().tolist(),
+            'std': pixel_model.std.flatten().tolist(),
+            'input_size': list(images.shape[1:]),
+        },
+        settings=stated,
+        scores=scores,
+        audit=found,
+        environment=environment(images.device),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def check_input(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Raise ValueError on what no attack could make sense of."""
     if len(images) == 0:
         raise ValueError('There are no images to evaluate on.')
     if len(images) != len(labels):
         raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
-    if images.is_floating_point() and (images.min() < 0 or images.max() > 1):
+    if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
-    was_training = model.training
-    pixel_model = PixelModel(model)
-    counts = dict.fromkeys(['clean', *radii], 0)
-    zero_gradients = 0
-    try:
-        for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            batch = batch / 255 if batch.dtype == torch.uint8 else batch
-            with torch.no_grad():
-                right = pixel_model(batch).argmax(1) == target
-            counts['clean'] += int(right.sum())
-            if radii:
-                sign = gradient_sign(pixel_model, batch, target)  # one gradient serves all radii
-                zero_gradients += int((sign.flatten(1) == 0).all(1).sum())
-            for name, radius in radii.items():
-                with torch.no_grad():
-                    after = pixel_model((batch + radius * sign).clamp(0, 1)).argmax(1) == target
-                counts[name] += int((right & after).sum())
-    finally:
-        model.train(was_training)
-    n = len(images)
-    scores = {name: {'correct': correct, 'accuracy': correct / n} for name, correct in counts.items()}
-    clean = scores.pop('clean')
-    return {'n': n, 'clean': clean, 'fgsm': scores, 'zero_gradient_share': zero_gradients / n}
+    with torch.no_grad():
+        try:
+            logits = model(_pixels(images, slice(0, 2)))
+        except AttributeError as error:
+            raise ValueError(f'The model must return a tensor of logits (B, classes): {error}.') from error
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f'The model must return logits (B, classes) of two classes or more, got {list(logits.shape)}.')
+    if not torch.isfinite(logits).all():
+        raise ValueError('The logits are NaN or infinite: the weights are broken.')
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f'Labels must lie in [0, {logits.shape[1]}), the classes of the model; got '
+            f'[{int(labels.min())}, {int(labels.max())}].'
+        )
+
+
+def _options(
+    attacks: Sequence[str], settings: dict[str, dict[str, Any]], transfer_from: nn.Module | None
+) -> dict[str, dict[str, Any]]:
+    """The settings of each attack, defaults filled in."""
+    unused = sorted(set(settings) - set(attacks))
+    if unused:
+        raise ValueError(f'There are settings for {", ".join(unused)}, which is not among the attacks.')
+    options = {}
+    for name in attacks:
+        unknown = sorted(set(settings.get(name, {})) - set(ATTACKS[name].settings))
+        if unknown:
+            raise ValueError(f'{name} has no setting {unknown[0]!r}; it has {list(ATTACKS[name].settings)}.')
+        options[name] = {**ATTACKS[name].settings, **settings.get(name, {})}
+    if 'transfer' in options:
+        if transfer_from is None:
+            raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
+        options['transfer']['source'] = PixelModel(transfer_from)
+    return options
+
+
+def _radii(eps: Sequence[str | float]) -> dict[str, float]:
+    return {str(epsilon): parse_epsilon(epsilon) for epsilon in eps}
+
+
+def _l2_radius(epsilon: str | float) -> float:
+    """L2 radii may be larger than 1."""
+    value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
+    if not value >= 0:
+        raise ValueError(f'An L2 radius must be at least 0, got {epsilon!r}.')
+    return value
+
+
+def _pixels(images: Tensor, part: slice) -> Tensor:
+    return images[part].float() / 255 if images.dtype == torch.uint8 else images[part].float()
+
+
+def _chunk(
+    store: Path | None,
+    model: PixelModel,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    start: int,
+    batch_size: int,
+    radii: dict[str, dict[str, float]],
+    options: dict[str, dict[str, Any]],
+    seed: int,
+) -> dict[str, Any]:
+    """The outcome of one chunk, read if it was saved, else measured and saved."""
+    path = _path(store, attack, start)
+    if path and path.is_file():
+        return json.loads(path.read_text())
+    part = slice(start, start + batch_size)
+    x, y = _pixels(images, part), labels[part]
+    if attack == 'clean':
+        with torch.no_grad():
+            outcome = Outcome({'': model(x).argmax(1) == y})
+    else:
+        kind = ATTACKS[attack]
+        outcome = kind.run(model, x, y, radii[kind.norm], seed + start, **options[attack])
+    # JSON knows no infinity: None where nothing was found.
+    record = {
+        'right': {name: right.int().tolist() for name, right in outcome.right.items()},
+        'distance': {
+            name: [value if value < torch.inf else None for value in distance.tolist()]
+            for name, distance in outcome.distance.items()
+        },
+    }
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record))
+    return record
+
+
+def _path(store: Path | None, attack: str, start: int) -> Path | None:
+    return store / f'{attack}_{start:07d}.json' if store else None
+
+
+def _read(store: Path | None, attack: str, start: int) -> dict[str, Any]:
+    path = _path(store, attack, start)
+    assert path is not None, 'a chunk of another process'
+    return json.loads(path.read_text())
+
+
+def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, dict[str, float]]) -> list[Score]:
+    norm = '' if attack == 'clean' else ATTACKS[attack].norm
+    scores = []
+    for variant in chunks[0]['right']:
+        right = [value for chunk in chunks for value in chunk['right'][variant]]
+        score = Score(attack, variant, norm, radii[norm].get(variant), sum(right), len(right))
+        if variant in chunks[0]['distance']:
+            found = [value for chunk in chunks for value in chunk['distance'][variant]]
+            middle = torch.tensor([torch.inf if value is None else value for value in found]).median().item()
+            known = [value for value in found if value is not None]
+            score.median_distance = middle if middle < torch.inf else None
+            score.mean_distance = sum(known) / len(known) if known else None
+        scores.append(score)
+    return scores
+
+
+def _hash(model: nn.Module) -> str:
+    """Of the state_dict: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_tensors(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f'{tensor.dtype} {list(tensor.shape)}'.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bar(jobs: Sequence[tuple[str, int]], show: bool) -> Any:
+    if not show:
+        return jobs
+    from tqdm import tqdm
+
+    return tqdm(jobs, 'chunks', unit=' chunk')

@@ -168,9 +168,10 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
             return None
         raise ValueError(f'Nothing to resume: {str(output)!r} holds no sound checkpoint. Start without --resume.')
     saved = yaml.safe_load((output / RECIPE).read_text())
+    default = yaml.safe_load(TrainConfig().to_yaml())  # of fields that the saved recipe is older than
     changes = [
         f'  {name}: saved {was!r}, asked for {now!r}'
-        for name, was, now in _differences(saved, yaml.safe_load(config.to_yaml()))
+        for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
         if name not in config.LAUNCH
     ]
     if changes and not config.allow_changes:
@@ -179,6 +180,12 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
             + '\n'.join(changes)
         )
     return checkpoint
+
+
+def _filled(saved: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The saved recipe, with defaults for what it does not have."""
+    inner = {key: _filled(saved[key], value) for key, value in default.items() if isinstance(saved.get(key), dict)}
+    return {**default, **saved, **inner}
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any, Any]]:

@@ -1,0 +1,367 @@
+"""The evaluation harness: attacks that agree with their libraries, reports that can be trusted, an audit that fires."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import timm_batchout  # noqa: F401
+from timm_batchout.cli import main
+from timm_batchout.pixels import PixelModel
+from timm_batchout.robustness import Report, comparison, evaluate
+from timm_batchout.robustness.audit import measure, suspicions
+from timm_batchout.robustness.deepfool import deepfool
+from timm_batchout.robustness.report import Score, wilson
+from timm_batchout.training.config import DataConfig
+from timm_batchout.training.data import load_split
+
+foolbox = pytest.importorskip('foolbox')
+ALL = ['fgsm', 'pgd', 'pgd_l2', 'deepfool', 'ddn', 'noise', 'corruptions']
+
+
+@pytest.fixture(scope='module')
+def digits():
+    split = load_split(DataConfig('digits'), train=False)
+    return split.images[:60], split.labels[:60]
+
+
+@pytest.fixture(scope='module')
+def net():
+    """A small net that knows the digits, trained here in a second or two."""
+    return trained(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)))
+
+
+@pytest.fixture(scope='module')
+def linear():
+    return trained(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)))
+
+
+def trained(model, epsilon=0.0):
+    """With ``epsilon``, on PGD images of so many pixels."""
+    torch.manual_seed(0)
+    for layer in model.modules():
+        if hasattr(layer, 'reset_parameters'):
+            layer.reset_parameters()
+    split = load_split(DataConfig('digits'), train=True)
+    images, labels = split.images.float() / 255, split.labels
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(80):
+        x = images
+        for _ in range(5 if epsilon else 0):
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), labels), x)
+            x = (images + (x + epsilon / 3 * gradient.sign() - images).clamp(-epsilon, epsilon)).clamp(0, 1)
+        F.cross_entropy(model(x.detach()), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def pixels(images):
+    return images.float() / 255
+
+
+def test_fgsm_is_foolboxes_to_the_last_bit(net, digits):
+    images, labels = pixels(digits[0]), digits[1]
+    from timm_batchout.fgsm import fgsm
+
+    target = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
+    for epsilon in (0.05, 0.2):
+        _, theirs, _ = foolbox.attacks.LinfFastGradientAttack()(target, images, labels, epsilons=epsilon)
+        assert torch.equal(fgsm(net, images, labels, epsilon), theirs)
+
+
+@pytest.mark.parametrize('classes', [2, 3, 10])
+def test_deepfool_is_foolboxes_to_the_sample(digits, classes):
+    torch.manual_seed(classes)
+    net = nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1152, classes)).eval()
+    images = pixels(digits[0])
+    labels = net(images).argmax(1)
+    labels[:5] = (labels[:5] + 1) % classes  # wrong from the start
+    target = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
+    ours = deepfool(net, images, labels, iterations=4)
+    for i in range(1, 5):
+        attack = foolbox.attacks.L2DeepFoolAttack(steps=i, overshoot=0.02)
+        _, theirs, _ = attack(target, images, labels, epsilons=None)
+        assert torch.equal(net(theirs).argmax(1) == labels, ours.right[i - 1])
+        assert torch.allclose((theirs - images).flatten(1).norm(dim=1), ours.distance[i - 1], atol=1e-4)
+    assert not ours.right[:, :5].any() and not ours.distance[:, :5].any()
+
+
+def test_a_report_of_everything(net, digits, tmp_path):
+    net.zero_grad()
+    net.train()
+    state = torch.get_rng_state()
+    report = evaluate(net, *digits, ALL, ['0.05', '0.2'], ['0.5', 2], audit=True, name='net', data='digits')
+    assert net.training and torch.equal(torch.get_rng_state(), state)
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+    clean = report.score('clean')
+    right = (net.eval()(pixels(digits[0])).argmax(1) == digits[1]).sum().item()
+    assert clean.correct == right > 50
+    assert clean.interval == wilson(right, 60)
+    for attack in ('fgsm', 'pgd'):
+        assert clean.correct >= report.score(attack, '0.05').correct > report.score(attack, '0.2').correct
+    assert report.score('pgd', '0.2').correct <= report.score('fgsm', '0.2').correct
+    assert report.score('noise', '0.05').correct >= report.score('fgsm', '0.05').correct
+    assert report.score('ddn', '0.5').correct >= report.score('ddn', '2').correct
+    assert report.score('ddn', 'any distance').correct == 0
+    assert 0.1 < report.score('ddn', 'any distance').median_distance < 5
+    iterations = [report.score('deepfool', f'{i} iterations').correct for i in range(1, 6)]
+    assert iterations == sorted(iterations, reverse=True) and iterations[-1] < 40
+    assert report.audit['verdict'] == 'no sign of it.' and not any(score.masked for score in report.scores)
+
+    report.save(tmp_path / 'report.json')
+    assert Report.load(tmp_path / 'report.json') == report
+    saved = json.loads((tmp_path / 'report.json').read_text())
+    assert saved['settings']['pgd'] == {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
+    assert saved['indices'] == 'the first 60' and len(saved['weights_sha256']) == 64
+    assert f'| clean | {100 * right / 60:.2f} (' in report.table()
+
+
+def without_time(report):
+    return {**report.to_dict(), 'seconds': 0}
+
+
+def test_one_seed_one_report_however_the_work_is_shared(net, digits, tmp_path):
+    arguments = (net, *digits, ['pgd', 'ddn', 'noise'], ['0.1'])
+    whole = evaluate(*arguments, batch_size=25)
+    assert without_time(evaluate(*arguments, batch_size=25)) == without_time(whole)
+    assert without_time(evaluate(*arguments, batch_size=25, seed=1)) != without_time(whole)
+    options = {'batch_size': 25, 'chunks': tmp_path, 'world_size': 2}
+
+    def other_process():
+        if not list(tmp_path.rglob('*_0000025.json')):
+            evaluate(*arguments, **options, rank=1, wait=lambda: None)
+
+    with pytest.raises(FileNotFoundError):  # the second process alone finds no chunk of the first
+        other_process()
+    assert without_time(evaluate(*arguments, **options, rank=0)) == without_time(whole)
+
+
+KILL = """
+import os, signal, sys
+from timm_batchout.cli import main
+from timm_batchout.robustness import evaluate as module
+import timm_batchout.robustness.evaluate
+code = sys.modules['timm_batchout.robustness.evaluate']
+chunk, calls = code._chunk, []
+def dying(*args):
+    calls.append(1)
+    if len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return chunk(*args)
+code._chunk = dying
+main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed(tmp_path, capsys):
+    command = [
+        'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--n', '20', '--attacks', '[fgsm, pgd]', '--eps',
+        '[0.1, 8/255]', '--batch_size', '5', '--audit', 'false', '--settings', '{pgd: {steps: 3}}', '--device', 'cpu',
+    ]  # fmt: skip
+    assert main([*command, '--output', str(tmp_path / 'whole.json'), '--figure', str(tmp_path / 'curve.svg')]) == 0
+    assert 'PGD-20 Linf 8/255' in capsys.readouterr().out
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}
+    output = str(tmp_path / 'killed.json')
+    assert subprocess.run([sys.executable, '-c', KILL, *command, '--output', output], env=environment).returncode == -9
+    assert len(list((tmp_path / 'killed.json.chunks').rglob('*.json'))) == 4 and not (tmp_path / 'killed.json').exists()
+    assert main([*command, '--output', output, '--resume', 'true']) == 0
+    whole, resumed = (Report.load(tmp_path / name) for name in ('whole.json', 'killed.json'))
+    assert without_time(whole) == without_time(resumed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['curve.svg', 'killed.json', 'whole.json']
+    assert main(['compare', str(tmp_path / 'whole.json'), output]) == 0
+    assert '**' in capsys.readouterr().out
+
+
+# The audit, on nets built to mask, and on honest ones.
+
+
+class Scaled(nn.Module):
+    """Logits so large that the gradient of the cross-entropy underflows."""
+
+    def __init__(self, model, scale):
+        super().__init__()
+        self.model, self.scale = model, scale
+
+    def forward(self, x):
+        return self.scale * self.model(x)
+
+
+class Quantised(nn.Module):
+    """Images in a few levels: no gradient gets through."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((x * 4).round() / 4)
+
+
+class Noisy(nn.Module):
+    """Noise on the image, new each time."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x + 0.3 * torch.randn_like(x))
+
+
+def audited(model, digits):
+    return suspicions(measure(PixelModel(model), pixels(digits[0]), digits[1], radius=0.2))
+
+
+def test_the_audit_fires_on_nets_that_mask(net, digits):
+    assert any('zero gradients' in reason for reason in audited(Scaled(net, 1e4), digits))
+    assert any('PGD on the cross-entropy leaves' in reason for reason in audited(Scaled(net, 1e4), digits))
+    assert any('zero gradients' in reason for reason in audited(Quantised(net), digits))
+    assert any('gradient is random' in reason for reason in audited(Noisy(net), digits))
+
+
+def test_the_audit_is_silent_on_honest_nets(net, linear, digits):
+    robust = trained(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)), epsilon=0.1)
+    for honest in (net, linear, robust):
+        assert audited(honest, digits) == []
+    radii = ['0.1']
+    weak, strong = (evaluate(model, *digits, ['pgd'], radii).score('pgd', '0.1').correct for model in (net, robust))
+    assert strong > weak + 10, 'the robust net is robust'
+
+
+def test_masked_figures_are_marked_and_never_best(net, digits):
+    honest, masking = (
+        evaluate(model, *digits, ['pgd', 'noise'], ['0.2'], audit=True, name=name)
+        for name, model in (('honest', net), ('masking', Scaled(net, 1e4)))
+    )
+    assert masking.score('pgd', '0.2').masked and not masking.score('noise', '0.2').masked
+    assert masking.score('pgd', '0.2').correct > honest.score('pgd', '0.2').correct
+    assert 'PGD-20 Linf 0.2 (masked)' in masking.table() and 'LIKELY' in masking.table()
+    table = comparison([honest, masking])
+    assert f'**{100 * honest.score("pgd", "0.2").accuracy:.2f}**' in table.splitlines()[2]
+    assert '(masked)' in table.splitlines()[3]
+
+
+def test_orders_that_cannot_be(net):
+    measured = measure(PixelModel(net), torch.rand(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
+    assert 'nothing to check' in suspicions(measured)[0]
+    fine = {
+        'n': 9, 'zero_gradients': 0, 'non_finite_gradients': 0, 'repeatability': 1, 'pgd': {'cross-entropy': 0},
+        'unbounded': {'cross-entropy': 0},
+    }  # fmt: skip
+    rising = [
+        Score('fgsm', variant, 'Linf', float(variant), correct, 100) for variant, correct in (('.1', 5), ('.2', 40))
+    ]
+    assert suspicions(fine, rising) == ['accuracy under fgsm rises with the radius']
+    order = [Score('fgsm', '.1', 'Linf', 0.1, 5, 100), Score('pgd', '.1', 'Linf', 0.1, 40, 100)]
+    assert suspicions(fine, order) == ['fgsm at .1 does more than pgd']
+    assert suspicions(fine, order[::-1][:1]) == []
+
+
+def test_autoattack(net, digits):
+    pytest.importorskip('pyautoattack')
+    images, labels = digits[0][:12], digits[1][:12]
+    state = torch.get_rng_state()
+    report = evaluate(net, images, labels, ['autoattack', 'pgd'], ['0.05'], batch_size=6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert report.score('autoattack', '0.05').correct <= report.score('pgd', '0.05').correct
+    stages = [
+        report.score('autoattack', f'0.05 after {stage}').correct for stage in ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+    ]
+    assert stages == sorted(stages, reverse=True) and stages[-1] == report.score('autoattack', '0.05').correct
+    two = nn.Sequential(nn.Flatten(), nn.Linear(784, 2)).eval()
+    few = evaluate(two, images[:4], two(pixels(images[:4])).argmax(1), ['autoattack_l2'], eps_l2=['0.1'])
+    assert ('autoattack_l2', '0.1') in {score.key for score in few.scores}
+
+
+def test_transfer(net, linear, digits):
+    report = evaluate(net, *digits, ['pgd', 'transfer'], ['0.2'], transfer_from=linear)
+    assert report.score('pgd', '0.2').correct <= report.score('transfer', '0.2').correct < report.score('clean').correct
+    assert len(report.settings['transfer']['source_sha256']) == 64
+
+
+class Tuple(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'attacks': ['fgms']}, "There is no attack 'fgms'"),
+        ({'attacks': ['transfer']}, 'transfer_from'),
+        ({'eps': [-0.1]}, r'epsilon is in \[0, 1\] pixels'),
+        ({'eps': ['8']}, r'epsilon is in \[0, 1\] pixels'),
+        ({'eps_l2': ['-1']}, 'at least 0'),
+        ({'settings': {'pgd': {'steps': 3}}}, 'not among the attacks'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'stpes': 3}}}, "no setting 'stpes'"),
+        ({'images': torch.full((2, 1, 28, 28), 1.5)}, r'Images must lie in \[0, 1\]'),
+        ({'images': torch.full((2, 1, 28, 28), math.nan)}, r'Images must lie in \[0, 1\]'),
+        ({'images': torch.zeros(0, 1, 28, 28), 'labels': torch.zeros(0)}, 'no images'),
+        ({'labels': torch.tensor([0])}, '2 images, 1 labels'),
+        ({'labels': torch.tensor([0, 10])}, r'Labels must lie in \[0, 10\)'),
+        ({'labels': torch.tensor([-1, 0])}, r'Labels must lie in \[0, 10\)'),
+        ({'model': nn.Sequential(nn.Flatten(), nn.Linear(784, 1))}, 'two classes or more'),
+        ({'model': Tuple()}, 'must return a tensor of logits'),
+        ({'world_size': 2}, 'name one as chunks'),
+    ],
+)
+def test_bad_input(net, changes, message):
+    arguments = {'model': net, 'images': torch.zeros(2, 1, 28, 28), 'labels': torch.tensor([0, 1]), **changes}
+    with pytest.raises(ValueError, match=message):
+        evaluate(**arguments)
+
+
+def test_bad_commands(tmp_path, capsys):
+    for arguments, message in (
+        (['mnist_cnn', 'cifar_vgg'], 'Name one model, got 2: mnist_cnn cifar_vgg'),
+        (['mnist_cnm'], "Did you mean 'mnist_cnn'"),
+        (['mnist_cnn', '--data.name', 'digits', '--n', '9999'], 'n must lie in [1, '),
+        (['mnist_cnn', '--attacks', '[fgsn]'], "There is no attack 'fgsn'"),
+        (['cifar_vgg', '--data.root', str(tmp_path)], 'mnist is not in'),
+        (['mnist_cnn', '--figure', 'curve.svg'], 'name an --output'),
+        (['mnist_cnn', '--checkpoint', 'weights.pth'], '.safetensors'),
+    ):
+        assert main(['evaluate', *arguments]) == 2
+        assert message in capsys.readouterr().err, arguments
+
+
+def test_weights_that_are_broken(digits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    nn.init.constant_(net[1].weight, math.nan)
+    with pytest.raises(ValueError, match='NaN or infinite'):
+        evaluate(net, *digits)
+
+
+def test_reports_of_other_images_do_not_stand_in_one_table(net, digits):
+    a, b = (evaluate(net, digits[0][:n], digits[1][:n]) for n in (4, 5))
+    with pytest.raises(ValueError, match='different images'):
+        comparison([a, b])
+
+
+def test_normalisation_is_inside(digits):
+    model = timm.create_model('test_resnet', in_chans=1, num_classes=10)
+    model.pretrained_cfg.update(mean=(0.3,), std=(0.2,))
+    report = evaluate(model, *digits, ['fgsm'], ['8/255'])
+    with torch.no_grad():
+        right = model.eval()((pixels(digits[0]) - 0.3) / 0.2).argmax(1) == digits[1]
+    assert report.score('clean').correct == right.sum()
+    assert report.preprocessing == {
+        'mean': [pytest.approx(0.3)],
+        'std': [pytest.approx(0.2)],
+        'input_size': [1, 28, 28],
+    }
+
+
+def test_wilson():
+    """Values of the R package binom."""
+    assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1

@@ -1,0 +1,241 @@
+"""The attacks by name. Each takes a chunk of images and says, image by image, what is still classified right.
+
+foolbox and pyautoattack do the attacking; DeepFool is our own (to the sample foolbox's, in one pass over iterations).
+An image counts as robust if it is classified right before the attack and after it.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_batchout.fgsm import gradient_sign
+from timm_batchout.pixels import PixelModel
+from timm_batchout.robustness.deepfool import deepfool
+
+__all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available', 'frozen']
+
+
+@dataclass
+class Outcome:
+    """What an attack did to a chunk of B images, for each of its variants (a radius, an iteration, a stage).
+
+    Attributes:
+        right: (B,) bool per variant: classified right before and after.
+        distance: (B,) float32 per variant: norm of the perturbation in [0, 1] pixels; 0 where wrong before, infinite
+            where nothing was found. Attacks that minimise it only.
+    """
+
+    right: dict[str, Tensor] = field(default_factory=dict)
+    distance: dict[str, Tensor] = field(default_factory=dict)
+
+
+Radii = dict[str, float]
+Run = Callable[..., Outcome]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack, as the command line and the reports name it.
+
+    Attributes:
+        title: For tables.
+        norm: 'Linf', 'L2', or '' for what is no attack by a radius.
+        run: ``run(model, images, labels, radii, seed, **settings)``.
+        settings: Its defaults; a report holds them.
+        extra: The package that it needs.
+        gradient: It follows the model's gradient, and says nothing where that is masked.
+    """
+
+    title: str
+    norm: str
+    run: Run
+    settings: dict[str, Any] = field(default_factory=dict)
+    extra: str = ''
+    gradient: bool = True
+
+
+def check_available(names: Sequence[str]) -> None:
+    """Raise ValueError for an attack that there is not, or whose package is not installed."""
+    for name in names:
+        if name not in ATTACKS:
+            raise ValueError(f'There is no attack {name!r}; there are {", ".join(ATTACKS)}.')
+        if ATTACKS[name].extra:
+            try:
+                __import__(ATTACKS[name].extra)
+            except ImportError as error:
+                raise ValueError(
+                    f'Attack {name!r} needs {ATTACKS[name].extra}: pip install "timm-batchout[attacks]".'
+                ) from error
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Attacks ask for gradients of the images alone; those of the weights would cost half as much again."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+@torch.no_grad()
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return model(images).argmax(1) == labels
+
+
+def _fgsm(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
+    before = _right(model, images, labels)
+    sign = gradient_sign(model, images, labels)  # one gradient serves all radii
+    attacked = {name: (images + radius * sign).clamp(0, 1) for name, radius in radii.items()}
+    return Outcome({name: before & _right(model, x, labels) for name, x in attacked.items()})
+
+
+def _foolbox(name: str) -> Run:
+    def run(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, **settings: Any) -> Outcome:
+        import foolbox
+
+        attack = getattr(foolbox.attacks, name)(**settings)
+        target = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
+        before = _right(model, images, labels)
+        outcome = Outcome()
+        for key, radius in radii.items():
+            with _seeded(seed):
+                _, attacked, _ = attack(target, images, labels, epsilons=radius)
+            outcome.right[key] = before & _right(model, attacked, labels)
+        return outcome
+
+    return run
+
+
+def _transfer(
+    model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, source: nn.Module, **settings: Any
+) -> Outcome:
+    """PGD images of another model (``PixelModel``), scored on this one."""
+    import foolbox
+
+    target = foolbox.PyTorchModel(source, bounds=(0, 1), device=images.device)
+    before = _right(model, images, labels)
+    outcome = Outcome()
+    for key, radius in radii.items():
+        with _seeded(seed), frozen(source):
+            _, attacked, _ = foolbox.attacks.LinfPGD(**settings)(target, images, labels, epsilons=radius)
+        outcome.right[key] = before & _right(model, attacked, labels)
+    return outcome
+
+
+def _deepfool(
+    model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, iterations: int, overshoot: float
+) -> Outcome:
+    before = _right(model, images, labels)
+    found = deepfool(model, images, labels, iterations, overshoot)
+    outcome = Outcome()
+    for i, (right, distance) in enumerate(zip(found.right, found.distance, strict=True), 1):
+        outcome.right[f'{i} iterations'] = before & right
+        outcome.distance[f'{i} iterations'] = torch.where(right, torch.inf, distance).where(before, 0.0)
+    return outcome
+
+
+def _ddn(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, steps: int) -> Outcome:
+    import foolbox
+
+    target = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
+    before = _right(model, images, labels)
+    with _seeded(seed):
+        _, attacked, _ = foolbox.attacks.DDNAttack(steps=steps)(target, images, labels, epsilons=None)
+    fooled = ~_right(model, attacked, labels)
+    norm = (attacked - images).flatten(1).norm(dim=1)
+    distance = torch.where(fooled, norm, torch.inf).where(before, 0.0)
+    outcome = Outcome({key: before & (distance > radius) for key, radius in radii.items()})
+    outcome.right['any distance'] = before & ~fooled
+    outcome.distance['any distance'] = distance
+    return outcome
+
+
+def _autoattack(norm: str) -> Run:
+    """The standard version, stage by stage: each takes what the ones before it left."""
+
+    def run(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
+        from pyautoattack import AutoAttack
+
+        before = _right(model, images, labels)
+        with torch.no_grad():
+            classes = model(images[:1]).shape[1]
+        outcome = Outcome()
+        for key, radius in radii.items():
+            right = before.clone()
+            for stage in ('apgd-ce', 'apgd-t', 'fab-t', 'square'):
+                if stage == 'apgd-t' and classes < 4:
+                    continue  # its loss compares the third and fourth largest logit
+                left = right.nonzero()[:, 0]
+                if len(left):
+                    with _seeded(seed):
+                        attack = AutoAttack(model, eps=radius, norm=norm, seed=seed, device=images.device)  # type: ignore[arg-type]
+                        attack.attacks_to_run = [stage]  # type: ignore[list-item]
+                        attack.fab.n_target_classes = min(9, classes - 1)
+                        attack.apgd_targeted.n_target_classes = min(9, classes - 1)
+                        attacked, _ = attack.run_standard_evaluation(images[left], labels[left], batch_size=len(left))
+                    right[left] = _right(model, attacked, labels[left])
+                outcome.right[f'{key} after {stage}'] = right.clone()
+            outcome.right[key] = right
+        return outcome
+
+    return run
+
+
+def _noise(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
+    """Gaussian noise with the radius as its standard deviation: no attack, a control."""
+    before = _right(model, images, labels)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return Outcome(
+        {name: before & _right(model, (images + radius * noise).clamp(0, 1), labels) for name, radius in radii.items()}
+    )
+
+
+def _corruptions(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
+    """What a camera or a network does to images, by torchvision, at one middling strength: no attack, a control."""
+    from torchvision.transforms.v2 import functional as tv
+
+    changed = {
+        'blur': tv.gaussian_blur(images, [3, 3], [1.0, 1.0]),
+        'brighter': tv.adjust_brightness(images, 1.4),
+        'darker': tv.adjust_brightness(images, 0.6),
+        'less contrast': tv.adjust_contrast(images, 0.5) if images.shape[1] in (1, 3) else images,
+        'rotated by 10 degrees': tv.rotate(images, 10, interpolation=tv.InterpolationMode.BILINEAR),
+    }
+    if images.shape[1] == 3:
+        eight_bits = (images * 255).round().to(torch.uint8).cpu()
+        changed['JPEG quality 25'] = torch.stack([tv.jpeg(image, 25) for image in eight_bits]).to(images) / 255
+    before = _right(model, images, labels)
+    return Outcome({name: before & _right(model, x.clamp(0, 1), labels) for name, x in changed.items()})
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Attacks draw from torch's global generator, and some seed it: give it back as it was."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
+ATTACKS: dict[str, Attack] = {
+    'fgsm': Attack('FGSM', 'Linf', _fgsm),
+    'pgd': Attack('PGD-20', 'Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
+    'pgd_l2': Attack('PGD-20', 'L2', _foolbox('L2PGD'), PGD, 'foolbox'),
+    'deepfool': Attack('DeepFool', 'L2', _deepfool, {'iterations': 5, 'overshoot': 0.02}),
+    'ddn': Attack('DDN', 'L2', _ddn, {'steps': 100}, 'foolbox'),
+    'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), {}, 'pyautoattack'),
+    'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), {}, 'pyautoattack'),
+    'transfer': Attack('PGD-20 on another net', 'Linf', _transfer, PGD, 'foolbox', gradient=False),
+    'noise': Attack('Gaussian noise', '', _noise, gradient=False),
+    'corruptions': Attack('Corruptions', '', _corruptions, gradient=False),
+}

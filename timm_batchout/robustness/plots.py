@@ -1,0 +1,68 @@
+"""Robust accuracy over the radius, one curve per model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from timm_batchout.robustness.attacks import ATTACKS
+from timm_batchout.robustness.report import Report
+
+__all__ = ['draw_curves']
+
+
+def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
+    """A panel for each attack with several radii (or iterations); bands are 95% intervals, masked curves are dashed.
+
+    Args:
+        reports: Of the same data.
+        path: Where to write; the ending says what (.svg, .png, .pdf).
+
+    Raises:
+        ValueError: No attack has two radii or more.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    matplotlib.rcParams['svg.hashsalt'] = 'timm-batchout'  # the same report draws the same file
+    from matplotlib import pyplot as plt
+
+    curves = {attack: _variants(reports, attack) for attack in ATTACKS}
+    curves = {attack: variants for attack, variants in curves.items() if len(variants) > 1}
+    if not curves:
+        raise ValueError('There is no curve to draw: evaluate an attack at two radii or more.')
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.4), squeeze=False, sharey=True)
+    for ax, (attack, variants) in zip(axes[0], curves.items(), strict=True):
+        kind = ATTACKS[attack]
+        for report in reports:
+            points = [(x, report.score(attack, name)) for name, x in variants.items() if _has(report, attack, name)]
+            xs = [0.0, *(x for x, _ in points)]
+            scores = [report.score('clean'), *(score for _, score in points)]
+            masked = any(score.masked for score in scores)
+            label = report.model + ' (masked)' * masked
+            (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], '--' if masked else '-', marker='.', label=label)
+            low, high = zip(*(score.interval for score in scores), strict=True)
+            ax.fill_between(xs, [100 * v for v in low], [100 * v for v in high], color=line.get_color(), alpha=0.15)
+        unit = 'iterations' if attack == 'deepfool' else f'{kind.norm or "standard deviation"}, pixels in [0, 1]'
+        ax.set(title=kind.title, xlabel=unit, ylim=(0, 100))
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel('robust accuracy, %')
+    axes[0][-1].legend(fontsize='small')
+    figure.tight_layout()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={'Date': None} if path.suffix == '.svg' else None)
+    plt.close(figure)
+
+
+def _variants(reports: Sequence[Report], attack: str) -> dict[str, float]:
+    """Variant -> where on the axis."""
+    found: dict[str, float] = {}
+    for score in (score for report in reports for score in report.scores if score.attack == attack):
+        if score.radius is not None:
+            found[score.variant] = score.radius
+        elif attack == 'deepfool':
+            found[score.variant] = float(score.variant.split()[0])
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _has(report: Report, attack: str, variant: str) -> bool:
+    return (attack, variant) in {score.key for score in report.scores}

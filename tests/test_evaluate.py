@@ -239,10 +239,14 @@ def test_the_audit_is_silent_on_honest_nets(net, linear, digits):
 
 def test_masked_figures_are_marked_and_never_best(net, digits):
     honest, masking = (
-        evaluate(model, *digits, ['pgd', 'noise'], ['0.2'], audit=True, name=name)
+        evaluate(model, *digits, ['pgd', 'deepfool', 'noise'], ['0.2'], audit=True, name=name)
         for name, model in (('honest', net), ('masking', Scaled(net, 1e4)))
     )
     assert masking.score('pgd', '0.2').masked and not masking.score('noise', '0.2').masked
+    deepfool = ('deepfool', '5 iterations')
+    assert masking.score(*deepfool).correct == honest.score(*deepfool).correct, 'the margin knows no scale'
+    assert not masking.score(*deepfool).masked
+    assert evaluate(Quantised(net), *digits, ['deepfool'], audit=True).score(*deepfool).masked
     assert masking.score('pgd', '0.2').correct > honest.score('pgd', '0.2').correct
     assert 'PGD-20 Linf 0.2 (masked)' in masking.table() and 'LIKELY' in masking.table()
     table = comparison([honest, masking])
@@ -359,6 +363,21 @@ def test_normalisation_is_inside(digits):
         'std': [pytest.approx(0.2)],
         'input_size': [1, 28, 28],
     }
+
+
+def test_attacks_with_images_and_radii_of_their_own(net, digits):
+    settings = {'pgd': {'n': 7, 'eps': ['0.1'], 'steps': 3}, 'ddn': {'n': 5, 'eps': [1], 'steps': 3}}
+    report = evaluate(net, *digits, ['fgsm', 'pgd', 'ddn'], ['0.05', '0.2'], settings=settings, batch_size=4)
+    counts = {score.key: score.n for score in report.scores}
+    assert counts == {
+        ('clean', ''): 60, ('fgsm', '0.05'): 60, ('fgsm', '0.2'): 60, ('pgd', '0.1'): 7, ('ddn', '1'): 5,
+        ('ddn', 'any distance'): 5,
+    }  # fmt: skip
+    alone = evaluate(net, digits[0][:7], digits[1][:7], ['pgd'], ['0.1'], settings={'pgd': {'steps': 3}}, batch_size=4)
+    assert alone.score('pgd', '0.1') == report.score('pgd', '0.1')
+    for wrong in (0, 61):
+        with pytest.raises(ValueError, match=f'n of pgd must lie in .1, 60., the images, got {wrong}'):
+            evaluate(net, *digits, ['pgd'], settings={'pgd': {'n': wrong}})
 
 
 def test_wilson():

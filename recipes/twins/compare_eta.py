@@ -3,16 +3,14 @@
     python recipes/twins/compare_eta.py --data image_folder --root PATH --label "CIFAR-10 (JPEG q75 copy)"
 
 Finished runs under runs/twins are kept, so a broken-off comparison goes on where it was. Writes eta.json and, from it,
-RESULTS.md. DeepFool needs foolbox: pip install "timm-batchout[attacks]".
+RESULTS.md.
 """
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import foolbox
 import timm
 import torch
 from torch import Tensor, nn
@@ -20,7 +18,9 @@ from torch import Tensor, nn
 from timm_batchout import batchout_sites
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
+from timm_batchout.robustness.report import wilson
 from timm_batchout.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.data import Split, data_label, load_split
 from timm_batchout.training.loop import train
@@ -91,7 +91,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'sites': len(batchout_sites(model)),
         'train_loss': result['metrics']['train_loss'],
         'test': fgsm_scores(model, test.images, test.labels, EPSILONS),
-        'deepfool': deepfool(model, test.images[:DEEPFOOL_IMAGES], test.labels[:DEEPFOOL_IMAGES]),
+        'deepfool': median_distance(model, test.images[:DEEPFOOL_IMAGES], test.labels[:DEEPFOOL_IMAGES]),
         'recipe': result['recipe'],
         'environment': environment(),
     }
@@ -99,27 +99,16 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
     return record
 
 
-def deepfool(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def median_distance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Median L2 distance, in [0, 1] pixels, to the nearest adversarial image that DeepFool finds; 0 where wrong before.
 
     Images that it cannot fool count as infinitely far.
     """
-    target = foolbox.PyTorchModel(PixelModel(model).eval(), bounds=(0, 1), device='cpu')
-    attack = foolbox.attacks.L2DeepFoolAttack(steps=50, overshoot=0.02)
     distances = []
     for batch, truth in zip(images.split(100), labels.split(100), strict=True):
-        pixels = batch / 255
-        right = target(pixels).argmax(1) == truth
-        _, adversarial, fooled = attack(target, pixels, truth, epsilons=None)
-        distance = (adversarial - pixels).flatten(1).norm(dim=1)
-        distances.append(torch.where(right, torch.where(fooled, distance, torch.inf), 0.0))
+        found = deepfool(PixelModel(model).eval(), batch / 255, truth, iterations=50)
+        distances.append(torch.where(found.right[-1], torch.inf, found.distance[-1]))
     return {'n': len(images), 'steps': 50, 'median_l2': torch.cat(distances).median().item()}
-
-
-def half_width(correct: int, n: int) -> float:
-    """Half of a Wilson 95% interval, in points."""
-    p, z = correct / n, 1.96
-    return 100 * z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
 
 
 def write_up(report: dict[str, Any]) -> str:
@@ -127,7 +116,8 @@ def write_up(report: dict[str, Any]) -> str:
     first = report['results'][0]
     recipe = first['recipe']
     n = first['test']['n']
-    widest = max(half_width(r['test']['clean']['correct'], n) for r in report['results'])
+    intervals = [wilson(r['test']['clean']['correct'], n) for r in report['results']]
+    widest = max(50 * (high - low) for low, high in intervals)
     lines = [
         '# eta for deep nets: a comparison',
         '',

@@ -47,7 +47,8 @@ class Attack:
         run: ``run(model, images, labels, radii, seed, **settings)``.
         settings: Its defaults; a report holds them.
         extra: The package that it needs.
-        gradient: It follows the model's gradient, and says nothing where that is masked.
+        loss: The one whose gradient it follows, 'cross-entropy' or 'margin': where that is masked, it says nothing. ''
+            for attacks that have other means as well.
     """
 
     title: str
@@ -55,7 +56,7 @@ class Attack:
     run: Run
     settings: dict[str, Any] = field(default_factory=dict)
     extra: str = ''
-    gradient: bool = True
+    loss: str = 'cross-entropy'
 
 
 def check_available(names: Sequence[str]) -> None:
@@ -231,11 +232,11 @@ ATTACKS: dict[str, Attack] = {
     'fgsm': Attack('FGSM', 'Linf', _fgsm),
     'pgd': Attack('PGD-20', 'Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
     'pgd_l2': Attack('PGD-20', 'L2', _foolbox('L2PGD'), PGD, 'foolbox'),
-    'deepfool': Attack('DeepFool', 'L2', _deepfool, {'iterations': 5, 'overshoot': 0.02}),
+    'deepfool': Attack('DeepFool', 'L2', _deepfool, {'iterations': 5, 'overshoot': 0.02}, loss='margin'),
     'ddn': Attack('DDN', 'L2', _ddn, {'steps': 100}, 'foolbox'),
-    'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), {}, 'pyautoattack'),
-    'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), {}, 'pyautoattack'),
-    'transfer': Attack('PGD-20 on another net', 'Linf', _transfer, PGD, 'foolbox', gradient=False),
-    'noise': Attack('Gaussian noise', '', _noise, gradient=False),
-    'corruptions': Attack('Corruptions', '', _corruptions, gradient=False),
+    'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), {}, 'pyautoattack', loss=''),
+    'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), {}, 'pyautoattack', loss=''),
+    'transfer': Attack('PGD-20 on another net', 'Linf', _transfer, PGD, 'foolbox', loss=''),
+    'noise': Attack('Gaussian noise', '', _noise, loss=''),
+    'corruptions': Attack('Corruptions', '', _corruptions, loss=''),
 }

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from timm_batchout.robustness.report import Score
 
-__all__ = ['measure', 'suspicions', 'verdict']
+__all__ = ['measure', 'misled', 'suspicions', 'verdict']
 
 TOLERANCE = 0.05  # shares of images that differ by less say nothing at a few hundred images
+REPEATABLE = 0.99
 LOSSES = ('cross-entropy', 'scale-free', 'margin')
 
 
@@ -67,7 +68,7 @@ def suspicions(measured: dict[str, Any], scores: Sequence[Score] = ()) -> list[s
     for name in ('zero_gradients', 'non_finite_gradients'):
         if measured[name] > 0.01:
             found.append(f'{measured[name]:.0%} of the images have {name.replace("_", " ")}')
-    if measured['repeatability'] < 0.99:
+    if measured['repeatability'] < REPEATABLE:
         found.append(f'the gradient is random (cosine {measured["repeatability"]:.2f} of the same image, twice)')
     pgd = measured['pgd']
     best = min(pgd, key=pgd.__getitem__)
@@ -98,6 +99,13 @@ def _disorder(scores: Sequence[Score]) -> list[str]:
             if other and score.accuracy - other.accuracy > TOLERANCE:
                 found.append(f'{weak} at {variant} does more than {strong}')
     return found
+
+
+def misled(loss: str, measured: dict[str, Any], found: Sequence[str]) -> bool:
+    """Do attacks along the gradient of this loss overstate robustness? Large logits spare the margin's."""
+    if loss == 'margin' and measured['n']:
+        return measured['repeatability'] < REPEATABLE or measured['unbounded'][loss] > TOLERANCE
+    return bool(loss and found)
 
 
 def verdict(found: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available, frozen
-from timm_batchout.robustness.audit import measure, suspicions, verdict
+from timm_batchout.robustness.audit import measure, misled, suspicions, verdict
 from timm_batchout.robustness.fgsm_scores import parse_epsilon
 from timm_batchout.robustness.report import Report, Score
 
 __all__ = ['evaluate']
 
 AUDIT_IMAGES = 200
+OF_EVERY_ATTACK = ('n', 'eps')  # settings
 
 
 def evaluate(
@@ -58,7 +60,8 @@ def evaluate(
         attacks: Names of ``ATTACKS``.
         eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
         eps_l2: L2 radii in [0, 1] pixels.
-        settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``.
+        settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``; for every attack also ``n``,
+            to attack the first n images only, and ``eps``, for radii of its own.
         transfer_from: The model that 'transfer' crafts its images on.
         audit: Check for gradient masking, and mark what it spoils.
         batch_size: Images per chunk.
@@ -80,8 +83,7 @@ def evaluate(
     """
     check_available(attacks)
     options = _options(attacks, settings or {}, transfer_from)
-    radii = {'Linf': _radii(eps), 'L2': {str(epsilon): _l2_radius(epsilon) for epsilon in eps_l2}}
-    radii[''] = radii['Linf']
+    radii = {'L2': {str(epsilon): _l2_radius(epsilon) for epsilon in eps_l2}, 'Linf': _linf_radii(eps)}
     if world_size > 1 and chunks is None:
         raise ValueError('Several processes share their work in a folder: name one as chunks.')
     was_training = model.training
@@ -89,39 +91,48 @@ def evaluate(
     pixel_model = PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
     try:
         check_input(pixel_model, images, labels)
+        plans = {
+            'clean': (len(images), {}),
+            **{name: _plan(name, options[name], radii, len(images)) for name in attacks},
+        }
         sha256 = _hash(model)
         stated = {name: {k: v for k, v in options[name].items() if k != 'source'} for name in attacks}
         if transfer_from is not None and 'transfer' in stated:
             stated['transfer']['source_sha256'] = _hash(transfer_from)
-        key = [sha256, _hash_tensors(images, labels), stated, radii, batch_size, seed]
+        key = [sha256, _hash_tensors(images, labels), stated, plans, batch_size, seed]
         store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
-        jobs = [(attack, start) for attack in ('clean', *attacks) for start in range(0, len(images), batch_size)]
+        jobs = [(attack, start) for attack, (n, _) in plans.items() for start in range(0, n, batch_size)]
         done: dict[tuple[str, int], dict] = {}
         with frozen(pixel_model):
             for attack, start in _bar(jobs[rank::world_size], progress and rank == 0):
-                done[attack, start] = _chunk(
-                    store, pixel_model, images, labels, attack, start, batch_size, radii, options, seed
+                n, eps_of = plans[attack]
+                part = slice(start, min(start + batch_size, n))
+                x, y = _pixels(images, part), labels[part]
+                done[attack, start] = _saved(
+                    _path(store, attack, start),
+                    partial(_chunk, pixel_model, x, y, attack, eps_of, seed + start, options.get(attack, {})),
                 )
             wait()
             for attack, start in jobs:
                 if (attack, start) not in done:
                     done[attack, start] = _read(store, attack, start)
             size = slice(0, AUDIT_IMAGES)
-            radius = max(radii['Linf'].values(), default=8 / 255) or 8 / 255
+            radius = max((r for a in attacks if ATTACKS[a].norm == 'Linf' for r in plans[a][1].values()), default=0)
+            radius = radius or 8 / 255
             measured = measure(pixel_model, _pixels(images, size), labels[size], radius, seed=seed) if audit else {}
     finally:
         model.train(was_training)
     scores = [
         score
-        for attack in ('clean', *attacks)
-        for score in _scores(attack, [done[job] for job in jobs if job[0] == attack], radii)
+        for attack, (_, eps_of) in plans.items()
+        for score in _scores(attack, [done[job] for job in jobs if job[0] == attack], eps_of)
     ]
     found = None
     if audit:
         reasons = suspicions(measured, scores)
         found = {**measured, 'suspicions': reasons, 'verdict': verdict(reasons)}
         for score in scores:
-            score.masked = bool(reasons) and score.attack != 'clean' and ATTACKS[score.attack].gradient
+            score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, measured, reasons)
     return Report(
         model=name or type(model).__name__,
         data=data,
@@ -176,9 +187,10 @@ def _options(
         raise ValueError(f'There are settings for {", ".join(unused)}, which is not among the attacks.')
     options = {}
     for name in attacks:
-        unknown = sorted(set(settings.get(name, {})) - set(ATTACKS[name].settings))
+        known = [*ATTACKS[name].settings, *OF_EVERY_ATTACK]
+        unknown = sorted(set(settings.get(name, {})) - set(known))
         if unknown:
-            raise ValueError(f'{name} has no setting {unknown[0]!r}; it has {list(ATTACKS[name].settings)}.')
+            raise ValueError(f'{name} has no setting {unknown[0]!r}; it has {known}.')
         options[name] = {**ATTACKS[name].settings, **settings.get(name, {})}
     if 'transfer' in options:
         if transfer_from is None:
@@ -187,7 +199,20 @@ def _options(
     return options
 
 
-def _radii(eps: Sequence[str | float]) -> dict[str, float]:
+def _plan(
+    attack: str, options: dict[str, Any], radii: dict[str, dict[str, float]], images: int
+) -> tuple[int, dict[str, float]]:
+    """How many images an attack is run on, and its radii."""
+    n = options.get('n', images)
+    if not 0 < n <= images:
+        raise ValueError(f'n of {attack} must lie in [1, {images}], the images, got {n}.')
+    l2 = ATTACKS[attack].norm == 'L2'
+    if 'eps' not in options:
+        return n, radii['L2' if l2 else 'Linf']
+    return n, {str(epsilon): _l2_radius(epsilon) for epsilon in options['eps']} if l2 else _linf_radii(options['eps'])
+
+
+def _linf_radii(eps: Sequence[str | float]) -> dict[str, float]:
     return {str(epsilon): parse_epsilon(epsilon) for epsilon in eps}
 
 
@@ -204,37 +229,36 @@ def _pixels(images: Tensor, part: slice) -> Tensor:
 
 
 def _chunk(
-    store: Path | None,
     model: PixelModel,
     images: Tensor,
     labels: Tensor,
     attack: str,
-    start: int,
-    batch_size: int,
-    radii: dict[str, dict[str, float]],
-    options: dict[str, dict[str, Any]],
+    radii: dict[str, float],
     seed: int,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
-    """The outcome of one chunk, read if it was saved, else measured and saved."""
-    path = _path(store, attack, start)
-    if path and path.is_file():
-        return json.loads(path.read_text())
-    part = slice(start, start + batch_size)
-    x, y = _pixels(images, part), labels[part]
+    """The outcome on some images, as JSON."""
     if attack == 'clean':
         with torch.no_grad():
-            outcome = Outcome({'': model(x).argmax(1) == y})
+            outcome = Outcome({'': model(images).argmax(1) == labels})
     else:
-        kind = ATTACKS[attack]
-        outcome = kind.run(model, x, y, radii[kind.norm], seed + start, **options[attack])
+        own = {name: value for name, value in options.items() if name not in OF_EVERY_ATTACK}
+        outcome = ATTACKS[attack].run(model, images, labels, radii, seed, **own)
     # JSON knows no infinity: None where nothing was found.
-    record = {
+    return {
         'right': {name: right.int().tolist() for name, right in outcome.right.items()},
         'distance': {
             name: [value if value < torch.inf else None for value in distance.tolist()]
             for name, distance in outcome.distance.items()
         },
     }
+
+
+def _saved(path: Path | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Read from ``path``, or measured and written there."""
+    if path and path.is_file():
+        return json.loads(path.read_text())
+    record = measure()
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(record))
@@ -251,12 +275,12 @@ def _read(store: Path | None, attack: str, start: int) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, dict[str, float]]) -> list[Score]:
+def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, float]) -> list[Score]:
     norm = '' if attack == 'clean' else ATTACKS[attack].norm
     scores = []
     for variant in chunks[0]['right']:
         right = [value for chunk in chunks for value in chunk['right'][variant]]
-        score = Score(attack, variant, norm, radii[norm].get(variant), sum(right), len(right))
+        score = Score(attack, variant, norm, radii.get(variant), sum(right), len(right))
         if variant in chunks[0]['distance']:
             found = [value for chunk in chunks for value in chunk['distance'][variant]]
             middle = torch.tensor([torch.inf if value is None else value for value in found]).median().item()

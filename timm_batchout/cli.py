@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
 
+from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness import Report, comparison, evaluate
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.robustness.plots import draw_curves
@@ -22,6 +23,8 @@ from timm_batchout.zoo import weights
 from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['main']
+
+READING = '## Reading'
 
 
 @dataclass
@@ -78,6 +81,34 @@ class CompareConfig:
 
     reports: list[str]
     figure: str = ''
+
+
+@dataclass
+class ReproduceConfig:
+    """The paper's figures: train what they need by the recipes, attack it, draw, and judge each claim.
+
+    Args:
+        figure: 2, 3, 4a, 4b, 5a, 5b or all.
+        data: Where the data sets are: '{mnist: {root: PATH}, cifar10: {root: PATH}}', or other fields of the recipe's
+            data, e.g. '{cifar10: {name: image_folder, root: PATH, label: NAME}}'.
+        seeds: One run of every net for each.
+        recipes: Folder of the recipes.
+        runs: Folder of the training runs. Finished ones are used again, broken-off ones go on.
+        output: Folder for figN.json, figN.svg and RESULTS.md; what stands there of other figures is kept.
+        sweep_epochs: Epochs of the nets of figures 4b, 5a and 5b; 0: as in the recipe.
+        quick: One epoch and 200 test images, to see whether everything works.
+        n_deepfool: Test images for DeepFool.
+    """
+
+    figure: Literal['2', '3', '4a', '4b', '5a', '5b', 'all']
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    recipes: str = 'recipes/paper'
+    runs: str = 'runs/paper'
+    output: str = 'runs/paper'
+    sweep_epochs: int = 0
+    quick: bool = False
+    n_deepfool: int = 1000
 
 
 @dataclass
@@ -163,6 +194,31 @@ def run_compare(config: CompareConfig) -> int:
     return 0
 
 
+def run_reproduce(config: ReproduceConfig) -> int:
+    from timm_batchout.paper.claims import results
+    from timm_batchout.paper.draw import draw
+    from timm_batchout.paper.figures import FIGURES, Paper
+
+    paper = Paper(
+        Path(config.recipes), Path(config.runs), config.data, config.seeds, config.sweep_epochs, config.quick,
+        n_deepfool=config.n_deepfool,
+    )  # fmt: skip
+    output = Path(config.output)
+    for name in FIGURES if config.figure == 'all' else [config.figure]:
+        figure = paper.measure(name)
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / f'fig{name}.json', json.dumps(figure, indent=1) + '\n')
+        draw(figure, output / f'fig{name}.svg')
+    known = {name: output / f'fig{name}.json' for name in FIGURES}
+    figures = {name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()}
+    reports = [Report.load(path) for path in sorted((output / 'reports').glob('*.json'))]
+    path = output / 'RESULTS.md'
+    reading = path.read_text().partition(READING)[2] if path.is_file() else ''  # what people wrote
+    write_atomically(path, results(figures, reports) + (READING + reading if reading else ''))
+    print(path.read_text())
+    return 0
+
+
 def run_verify(config: VerifyConfig) -> int:
     cards = weights.bundled_cards()
     unknown = set(config.models) - set(cards)
@@ -196,6 +252,7 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     'train': (run_train, TrainConfig),
     'evaluate': (run_evaluate, EvaluateConfig),
     'compare': (run_compare, CompareConfig),
+    'reproduce': (run_reproduce, ReproduceConfig),
     'verify': (run_verify, VerifyConfig),
     'list': (run_list, ListConfig),
 }

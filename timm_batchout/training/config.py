@@ -1,5 +1,6 @@
 """A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -255,6 +256,16 @@ class TrainConfig:
                 raise ValueError(f'Mixup and CutMix mix labels; objective {self.objective.name!r} needs one per image.')
             if self.batch_size % 2:
                 raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
+
+    @classmethod
+    def from_dict(cls, recipe: Mapping[str, Any]) -> 'TrainConfig':
+        """A recipe as its YAML has it."""
+        values = dict(recipe)
+        for name, default in vars(cls()).items():
+            kind: Any = type(default)
+            if name in values and hasattr(kind, '__dataclass_fields__'):
+                values[name] = kind(**values[name])
+        return cls(**values)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)

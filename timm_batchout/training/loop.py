@@ -34,7 +34,7 @@ from timm_batchout.training.run import RECIPE, Interrupted, Run, stop_signals
 from timm_batchout.training.timm_data import TimmSplit, input_cfg
 from timm_batchout.zoo.timm_twins import check_model_name
 
-__all__ = ['Interrupted', 'train']
+__all__ = ['Interrupted', 'recipe_changes', 'train']
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -167,19 +167,23 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
         if config.resume == 'auto':
             return None
         raise ValueError(f'Nothing to resume: {str(output)!r} holds no sound checkpoint. Start without --resume.')
-    saved = yaml.safe_load((output / RECIPE).read_text())
-    default = yaml.safe_load(TrainConfig().to_yaml())  # of fields that the saved recipe is older than
-    changes = [
-        f'  {name}: saved {was!r}, asked for {now!r}'
-        for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
-        if name not in config.LAUNCH
-    ]
+    changes = recipe_changes(yaml.safe_load((output / RECIPE).read_text()), config)
     if changes and not config.allow_changes:
         raise ValueError(
             'The recipe differs from that of the run to resume (--allow_changes true resumes all the same):\n'
             + '\n'.join(changes)
         )
     return checkpoint
+
+
+def recipe_changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Where a config asks for another run than the saved recipe; fields that it is older than have their defaults."""
+    default = yaml.safe_load(TrainConfig().to_yaml())
+    return [
+        f'  {name}: saved {was!r}, asked for {now!r}'
+        for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
+        if name not in config.LAUNCH
+    ]
 
 
 def _filled(saved: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""Each claim of the paper beside what was measured, as a Markdown document. Verdicts follow a rule, not a hand."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import mean, stdev
+from typing import Any
+
+from timm_batchout.paper.draw import Values, by_label, curve
+from timm_batchout.robustness import Report, comparison
+
+__all__ = ['results']
+
+Figure = dict[str, Any]
+PAPER = {'2': ('99.47', '99.31', '99.12'), '3': ('80.22', '80.01', '80.79')}  # clean accuracy, sections 6.2 and 6.3
+BASELINE, FGSM_AT, BATCHOUT = 'baseline', 'FGSM adversarial training', 'BatchOut'
+
+
+def results(figures: dict[str, Figure], reports: Sequence[Report] = ()) -> str:
+    """RESULTS.md, but for what people write under it."""
+    lines = [
+        '# The paper again: its figures, its claims',
+        '',
+        'Written by `timm-batchout reproduce` from the JSON files beside it. Accuracies are percentages, the mean over '
+        'seeds ± the standard deviation where there are several.',
+        '',
+        *_clean(figures),
+        '## Claims',
+        '',
+        'Every claim is a list of comparisons ("BatchOut is above the baseline at epsilon 0.1"). One counts as yes or '
+        'no if the difference is larger than its 95% interval (of test images and, where there are several, of seeds), '
+        'else as open. A claim *holds* if none says no and at least half say yes; it *holds in part* if some say yes; '
+        'else it *does not hold*.',
+        '',
+        '| claim of the paper | comparisons | largest and smallest difference, points | verdict |',
+        '|---|---|---|---|',
+    ]
+    for name, claim, compare in CLAIMS:
+        if name in figures:
+            lines.append(_row(claim, compare(figures[name])))
+    lines += ['', *_sections(figures)]
+    if reports:
+        lines += ['## Beyond the paper: the bundled weights under stronger attacks', '']
+    for data in dict.fromkeys(report.data for report in reports):
+        same = [report for report in reports if report.data == data]
+        lines += [comparison(same), '', 'Gradient masking, as the audit of each report has it:', '']
+        lines += [f'- {report.model}: {report.audit["verdict"]}' for report in same if report.audit] + ['']
+    return '\n'.join(lines)
+
+
+def _clean(figures: dict[str, Figure]) -> list[str]:
+    lines = ['## Clean accuracy', '', '| | baseline | FGSM adversarial training | BatchOut |', '|---|---|---|---|']
+    for name, paper in PAPER.items():
+        if name in figures:
+            data = figures[name]['nets'][0]['data']
+            ours = by_label(figures[name], 'clean').values()
+            lines.append(f'| {data}, ours | {" | ".join(map(_spread, ours))} |')
+            lines.append(f'| {data.split()[0]}, paper | {" | ".join(paper)} |')
+    return [*lines, '']
+
+
+def _sections(figures: dict[str, Figure]) -> list[str]:
+    """A picture and a table for every figure."""
+    lines = []
+    for name, figure in figures.items():
+        first = figure['nets'][0]
+        lines += [f'## {figure["title"]}', '', f'![{figure["title"]}](fig{name}.svg)', '']
+        seeds = sorted({net['seed'] for net in figure['nets']})
+        recipe = first['recipe']
+        counts = {score['attack']: score['n'] for score in first['report']['scores']}
+        lines += [
+            f'{first["data"]}, {recipe["epochs"]} epochs of {recipe["optimizer"]["name"]}, seeds '
+            f'{", ".join(map(str, seeds))}; test images: '
+            + ', '.join(f'{n} ({attack})' for attack, n in counts.items())
+            + '.',
+            '',
+        ]
+        clean = by_label(figure, 'clean')
+        columns: dict[str, Values] = {'clean': clean}
+        for attack, title in (('fgsm', 'FGSM'), ('deepfool', 'DeepFool')):
+            columns |= {f'{title} {variant}': values for variant, values in curve(figure, attack).items()}
+        if name == '4a':
+            columns = {'training loss': _final_loss(figure), **columns}
+        lines += [f'| | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
+        for label in clean:
+            cells = (
+                _spread(values[label], 3 if column == 'training loss' else 2) for column, values in columns.items()
+            )
+            lines.append(f'| {label} | {" | ".join(cells)} |')
+        lines.append('')
+    return lines
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    around = f' ± {stdev(values):.{digits}f}' if len(values) > 1 else ''
+    return f'{mean(values):.{digits}f}{around}'
+
+
+# A comparison: how far one is above the other, and the half width of the 95% interval of that, in points.
+Comparison = tuple[float, float]
+
+
+def _above(figure: Figure, attack: str, upper: str, lower: str, variants: Sequence[str] = ()) -> list[Comparison]:
+    """One comparison for every variant of an attack."""
+    counts = {score['attack']: score['n'] for score in figure['nets'][0]['report']['scores']}
+    attacked = curve(figure, attack)
+    return [
+        _difference(values[upper], values[lower], counts[attack])
+        for variant, values in attacked.items()
+        if not variants or variant in variants
+    ]
+
+
+def _difference(a: Sequence[float], b: Sequence[float], n: int) -> Comparison:
+    """Variances of test images and of seeds, added."""
+    variance = sum(mean(x) * (100 - mean(x)) / n / len(x) for x in (a, b))
+    if len(a) > 1:
+        variance += sum(stdev(x) ** 2 / len(x) for x in (a, b))
+    return mean(a) - mean(b), 1.96 * math.sqrt(variance)
+
+
+def _at_most(figure: Figure, allowed: float) -> list[Comparison]:
+    """BatchOut's clean accuracy is less than so many points below the baseline's."""
+    clean = by_label(figure, 'clean')
+    n = figure['nets'][0]['report']['n']
+    difference, half = _difference(clean[BATCHOUT], clean[BASELINE], n)
+    return [(difference + allowed, half)]
+
+
+def _final_loss(figure: Figure) -> Values:
+    losses: Values = {}
+    for net in figure['nets']:
+        losses.setdefault(net['label'], []).append(net['train_loss'][-1])
+    return losses
+
+
+def _row(claim: str, comparisons: Sequence[Comparison]) -> str:
+    yes = sum(difference > half for difference, half in comparisons)
+    no = sum(difference < -half for difference, half in comparisons)
+    verdict = 'holds in part' if yes else 'does not hold'
+    if not no and 2 * yes >= len(comparisons):
+        verdict = 'holds'
+    differences = [difference for difference, _ in comparisons]
+    extremes = f'{max(differences):+.2f}' + (f', {min(differences):+.2f}' if len(differences) > 1 else '')
+    count = f'{yes} yes, {no} no, {len(comparisons) - yes - no} open'
+    return f'| {claim} | {count} | {extremes} | {verdict} |'
+
+
+def _n(figure: Figure) -> int:
+    return figure['nets'][0]['report']['n']
+
+
+def _everywhere_best(figure: Figure) -> list[Comparison]:
+    values = by_label(figure, 'fgsm', '0.3')
+    return [_difference(values['C1+C2+F1'], values[label], _n(figure)) for label in values if label != 'C1+C2+F1']
+
+
+def _pairs_above_singles(figure: Figure) -> list[Comparison]:
+    values = by_label(figure, 'fgsm', '0.3')
+    pairs = [label for label in values if label.count('+') == 1]
+    return [_difference(values[pair], values[one], _n(figure)) for pair in pairs for one in pair.split('+')]
+
+
+def _k(attack: str, variant: str, sign: int) -> Callable[[Figure], list[Comparison]]:
+    def compare(figure: Figure) -> list[Comparison]:
+        values = by_label(figure, attack, variant)
+        labels = [label for label in values if label != '0']
+        steps = [_difference(values[above], values[below], _n(figure)) for below, above in pairwise(labels)]
+        return [(sign * difference, half) for difference, half in steps]
+
+    return compare
+
+
+def _converges(figure: Figure) -> list[Comparison]:
+    losses = _final_loss(figure)
+    return [(110 - 100 * mean(losses[BATCHOUT]) / mean(losses[BASELINE]), 0.0)]
+
+
+CLAIMS: list[tuple[str, str, Callable[[Figure], list[Comparison]]]] = [
+    ('2', 'MNIST: BatchOut costs little clean accuracy (here: less than 0.5 points)', lambda f: _at_most(f, 0.5)),
+    ('2', 'MNIST, FGSM: BatchOut is above the baseline', lambda f: _above(f, 'fgsm', BATCHOUT, BASELINE)),
+    ('2', 'MNIST, DeepFool: BatchOut is above the baseline', lambda f: _above(f, 'deepfool', BATCHOUT, BASELINE)),
+    ('2', 'MNIST, FGSM: FGSM training is above the baseline', lambda f: _above(f, 'fgsm', FGSM_AT, BASELINE)),
+    ('2', 'MNIST, DeepFool: FGSM training is above the baseline', lambda f: _above(f, 'deepfool', FGSM_AT, BASELINE)),
+    ('2', 'MNIST, DeepFool: BatchOut is above FGSM training', lambda f: _above(f, 'deepfool', BATCHOUT, FGSM_AT)),
+    ('3', 'CIFAR-10: BatchOut costs no clean accuracy (here: less than 0.5 points)', lambda f: _at_most(f, 0.5)),
+    ('3', 'CIFAR-10, FGSM: BatchOut is above the baseline', lambda f: _above(f, 'fgsm', BATCHOUT, BASELINE)),
+    ('3', 'CIFAR-10, DeepFool: BatchOut is above the baseline', lambda f: _above(f, 'deepfool', BATCHOUT, BASELINE)),
+    ('3', 'CIFAR-10, FGSM: FGSM training is above the baseline', lambda f: _above(f, 'fgsm', FGSM_AT, BASELINE)),
+    ('3', 'CIFAR-10, DeepFool: BatchOut is above FGSM training', lambda f: _above(f, 'deepfool', BATCHOUT, FGSM_AT)),
+    ('4a', "Training converges as fast (here: the last loss is at most 110% of the baseline's)", _converges),
+    ('4b', 'FGSM 0.3: BatchOut at all layers is above every smaller choice', _everywhere_best),
+    ('4b', 'FGSM 0.3: at two layers it is above either of them alone', _pairs_above_singles),
+    (
+        '4b',
+        'FGSM 0.3: at F1 alone it is above C1+C2',
+        lambda f: [_difference(by_label(f, 'fgsm', '0.3')['F1'], by_label(f, 'fgsm', '0.3')['C1+C2'], _n(f))],
+    ),
+    ('5a', 'Clean accuracy falls as k grows (from one k to the next)', _k('clean', '', -1)),
+    ('5a', 'FGSM 0.4: accuracy rises as k grows (from one k to the next)', _k('fgsm', '0.4', 1)),
+    ('5b', 'FGSM: BatchOut is above Gaussian noise', lambda f: _above(f, 'fgsm', BATCHOUT, 'Gaussian noise')),
+]

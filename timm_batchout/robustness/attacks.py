@@ -230,13 +230,13 @@ def _seeded(seed: int) -> Iterator[None]:
 PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
 ATTACKS: dict[str, Attack] = {
     'fgsm': Attack('FGSM', 'Linf', _fgsm),
-    'pgd': Attack('PGD-20', 'Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
-    'pgd_l2': Attack('PGD-20', 'L2', _foolbox('L2PGD'), PGD, 'foolbox'),
+    'pgd': Attack('PGD', 'Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
+    'pgd_l2': Attack('PGD', 'L2', _foolbox('L2PGD'), PGD, 'foolbox'),
     'deepfool': Attack('DeepFool', 'L2', _deepfool, {'iterations': 5, 'overshoot': 0.02}, loss='margin'),
     'ddn': Attack('DDN', 'L2', _ddn, {'steps': 100}, 'foolbox'),
     'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), {}, 'pyautoattack', loss=''),
     'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), {}, 'pyautoattack', loss=''),
-    'transfer': Attack('PGD-20 on another net', 'Linf', _transfer, PGD, 'foolbox', loss=''),
+    'transfer': Attack('PGD on another net', 'Linf', _transfer, PGD, 'foolbox', loss=''),
     'noise': Attack('Gaussian noise', '', _noise, loss=''),
     'corruptions': Attack('Corruptions', '', _corruptions, loss=''),
 }

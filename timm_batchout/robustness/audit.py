@@ -1,6 +1,6 @@
 """Do the gradients tell the truth? Checks for gradient masking (Athalye et al., 2018; Carlini et al., 2019)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -60,8 +60,16 @@ def measure(
     }
 
 
-def suspicions(measured: dict[str, Any], scores: Sequence[Score] = ()) -> list[str]:
-    """What does not fit with honest gradients, in words; empty where nothing does."""
+def suspicions(
+    measured: dict[str, Any], scores: Sequence[Score] = (), right: Mapping[tuple[str, str], Sequence[int]] | None = None
+) -> list[str]:
+    """What does not fit with honest gradients, in words; empty where nothing does.
+
+    Args:
+        measured: What ``measure`` found.
+        scores: Of the attacks, which should be ordered by their strength.
+        right: Image by image, by ``Score.key``, so that attacks on more and on fewer images are compared on the same.
+    """
     found = []
     if measured['n'] == 0:
         return ['no image was classified right: there is nothing to check']
@@ -79,24 +87,31 @@ def suspicions(measured: dict[str, Any], scores: Sequence[Score] = ()) -> list[s
     unbounded = measured['unbounded']
     if unbounded['cross-entropy'] > TOLERANCE:
         found.append(f'an attack without bounds leaves {unbounded["cross-entropy"]:.1%} right')
-    return found + _disorder(scores)
+    return found + _disorder(scores, right or {})
 
 
-def _disorder(scores: Sequence[Score]) -> list[str]:
+def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, str], Sequence[int]]) -> list[str]:
     """Stronger attacks that do less."""
+
+    def excess(strong: Score, weak: Score) -> bool:
+        """More images withstand the stronger attack, of those that both were run on."""
+        n = min(strong.n, weak.n)
+        shares = [sum(right[score.key][:n]) / n if right else score.accuracy for score in (strong, weak)]
+        return shares[0] - shares[1] > TOLERANCE
+
     found = []
     by_attack: dict[str, dict[str, Score]] = {}
     for score in scores:
         if score.norm and score.radius is not None:
             by_attack.setdefault(score.attack, {})[score.variant] = score
     for attack, variants in by_attack.items():
-        accuracies = [score.accuracy for score in sorted(variants.values(), key=lambda score: score.radius or 0)]
-        if any(larger - smaller > TOLERANCE for smaller, larger in pairwise(accuracies)):
+        ordered = sorted(variants.values(), key=lambda score: score.radius or 0)
+        if any(excess(larger, smaller) for smaller, larger in pairwise(ordered)):
             found.append(f'accuracy under {attack} rises with the radius')
     for strong, weak in (('pgd', 'fgsm'), ('autoattack', 'pgd'), ('pgd', 'transfer'), ('autoattack_l2', 'pgd_l2')):
         for variant, score in by_attack.get(strong, {}).items():
             other = by_attack.get(weak, {}).get(variant)
-            if other and score.accuracy - other.accuracy > TOLERANCE:
+            if other and excess(score, other):
                 found.append(f'{weak} at {variant} does more than {strong}')
     return found
 

@@ -19,7 +19,7 @@ from timm_batchout.robustness.audit import measure, misled, suspicions, verdict
 from timm_batchout.robustness.fgsm_scores import parse_epsilon
 from timm_batchout.robustness.report import Report, Score
 
-__all__ = ['evaluate']
+__all__ = ['evaluate', 'weights_sha256']
 
 AUDIT_IMAGES = 200
 OF_EVERY_ATTACK = ('n', 'eps')  # settings
@@ -95,10 +95,10 @@ def evaluate(
             'clean': (len(images), {}),
             **{name: _plan(name, options[name], radii, len(images)) for name in attacks},
         }
-        sha256 = _hash(model)
+        sha256 = weights_sha256(model)
         stated = {name: {k: v for k, v in options[name].items() if k != 'source'} for name in attacks}
         if transfer_from is not None and 'transfer' in stated:
-            stated['transfer']['source_sha256'] = _hash(transfer_from)
+            stated['transfer']['source_sha256'] = weights_sha256(transfer_from)
         key = [sha256, _hash_tensors(images, labels), stated, plans, batch_size, seed]
         store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
         jobs = [(attack, start) for attack, (n, _) in plans.items() for start in range(0, n, batch_size)]
@@ -129,7 +129,8 @@ def evaluate(
     ]
     found = None
     if audit:
-        reasons = suspicions(measured, scores)
+        right = {score.key: _column([done[job] for job in jobs if job[0] == score.attack], score) for score in scores}
+        reasons = suspicions(measured, scores, right)
         found = {**measured, 'suspicions': reasons, 'verdict': verdict(reasons)}
         for score in scores:
             score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, measured, reasons)
@@ -279,8 +280,9 @@ def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, float]) 
     norm = '' if attack == 'clean' else ATTACKS[attack].norm
     scores = []
     for variant in chunks[0]['right']:
-        right = [value for chunk in chunks for value in chunk['right'][variant]]
-        score = Score(attack, variant, norm, radii.get(variant), sum(right), len(right))
+        score = Score(attack, variant, norm, radii.get(variant), 0, 0)
+        right = _column(chunks, score)
+        score.correct, score.n = sum(right), len(right)
         if variant in chunks[0]['distance']:
             found = [value for chunk in chunks for value in chunk['distance'][variant]]
             middle = torch.tensor([torch.inf if value is None else value for value in found]).median().item()
@@ -291,7 +293,12 @@ def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, float]) 
     return scores
 
 
-def _hash(model: nn.Module) -> str:
+def _column(chunks: list[dict[str, Any]], score: Score) -> list[int]:
+    """1 for every image that is right."""
+    return [value for chunk in chunks for value in chunk['right'][score.variant]]
+
+
+def weights_sha256(model: nn.Module) -> str:
     """Of the state_dict: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():

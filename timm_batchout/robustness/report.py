@@ -9,7 +9,7 @@ from typing import Any
 
 from timm_batchout.provenance import write_atomically
 
-__all__ = ['Report', 'Score', 'comparison', 'wilson']
+__all__ = ['Report', 'Score', 'comparison', 'title', 'wilson']
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -126,48 +126,55 @@ class Report:
 
     def table(self) -> str:
         """Markdown: a row per attack and variant."""
-        from timm_batchout.robustness.attacks import ATTACKS
-
         rows = ['| attack | robust accuracy % (95%) | median distance |', '|---|---|---|']
         for score in self.scores:
             low, high = score.interval
-            name = 'clean' if score.attack == 'clean' else ATTACKS[score.attack].title
             distance = '' if score.median_distance is None else f'{score.median_distance:.3f}'
             rows.append(
-                f'| {" ".join(filter(None, [name, score.norm, score.variant]))}{" (masked)" * score.masked} | '
+                f'| {title(*score.key)}{" (masked)" * score.masked} | '
                 f'{100 * score.accuracy:.2f} ({100 * low:.1f} to {100 * high:.1f}) | {distance} |'
             )
-        title = f'**{self.model}** on {self.data}, n = {self.n}'
+        head = f'**{self.model}** on {self.data}, n = {self.n}'
         verdict = f'\n\nGradient masking: {self.audit["verdict"]}' if self.audit else ''
-        return title + '\n\n' + '\n'.join(rows) + verdict
+        return head + '\n\n' + '\n'.join(rows) + verdict
 
 
-def comparison(reports: Sequence[Report]) -> str:
-    """One Markdown table of several models; the best that is not masked in bold.
+def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
+    """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
+
+    Args:
+        reports: Of the same images.
+        names: Column heads; the models' names if left out.
 
     Raises:
         ValueError: The reports are of different data or images.
     """
-    from timm_batchout.robustness.attacks import ATTACKS
-
     if len({(report.data, tuple(report.indices)) for report in reports}) != 1:
         raise ValueError('The reports are of different images: they cannot stand in one table.')
-    columns = list(dict.fromkeys(score.key for report in reports for score in report.scores))
-    names = [
-        ' '.join(filter(None, ['clean' if a == 'clean' else f'{ATTACKS[a].title} {ATTACKS[a].norm}'.strip(), variant]))
-        for a, variant in columns
+    rows = [
+        f'| {reports[0].data}, accuracy % | n | {" | ".join(names or [report.model for report in reports])} |',
+        '|---' * (len(reports) + 2) + '|',
     ]
-    best: dict[tuple[str, str], float] = {}
-    for report in reports:
-        for score in report.scores:
-            if not score.masked:
-                best[score.key] = max(best.get(score.key, 0.0), score.accuracy)
-    rows = [f'| {reports[0].data}, n = {reports[0].n} | {" | ".join(names)} |', '|---' * (len(names) + 1) + '|']
-    for report in reports:
-        known = {score.key: score for score in report.scores}
-        cells = [_cell(known.get(key), best.get(key)) for key in columns]
-        rows.append(f'| {report.model} | {" | ".join(cells)} |')
+    known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
+    for key in dict.fromkeys(key for scores in known for key in scores):
+        same = [scores.get(key) for scores in known]
+        honest = [score.accuracy for score in same if score and not score.masked]
+        cells = [_cell(score, max(honest, default=None)) for score in same]
+        rows.append(f'| {title(*key[:2])} | {key[2]} | {" | ".join(cells)} |')
+        distances = [score.median_distance if score else None for score in same]
+        if any(distances):
+            shown = ['' if distance is None else f'{distance:.3f}' for distance in distances]
+            rows.append(f'| {title(*key[:2])}: median distance | {key[2]} | {" | ".join(shown)} |')
     return '\n'.join(rows)
+
+
+def title(attack: str, variant: str) -> str:
+    """As tables name an attack: 'PGD Linf 8/255'."""
+    from timm_batchout.robustness.attacks import ATTACKS
+
+    if attack == 'clean':
+        return 'clean'
+    return ' '.join(filter(None, [ATTACKS[attack].title, ATTACKS[attack].norm, variant]))
 
 
 def _cell(score: Score | None, best: float | None) -> str:

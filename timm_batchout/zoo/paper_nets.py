@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from timm_batchout.batchout import BatchOutConfig
 from timm_batchout.inject import add_batchout
 from timm_batchout.sites import activation_sites
+from timm_batchout.zoo.hub_weights import NAMESPACE, from_hub
 from timm_batchout.zoo.weights import check_weights, read_weights_card
 
 __all__ = ['PaperNet']
@@ -277,6 +278,7 @@ def _cfg(name: str, input_size: tuple[int, int, int], **kwargs: Any) -> dict[str
         classifier='head',
         license='apache-2.0',
         paper_name='BatchOut: Batch-level feature augmentation to improve robustness to adversarial examples',
+        hf_hub_id=f'{NAMESPACE}/{name}',  # where the weights file is not installed
         **read_weights_card(name),
         **kwargs,
     )
@@ -304,6 +306,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, net: Callable[..., PaperNet], pretrained: bool, **kwargs: Any) -> PaperNet:
     if pretrained:
+        kwargs = from_hub(variant, kwargs)
         sources = {key: kwargs.get(key) for key in ('pretrained_cfg', 'pretrained_cfg_overlay')}
         check_weights(resolve_pretrained_cfg(variant, **sources).file)
     return build_model_with_cfg(

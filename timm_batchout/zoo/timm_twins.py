@@ -22,6 +22,7 @@ from torch import nn
 
 from timm_batchout.batchout import BatchOutConfig
 from timm_batchout.inject import add_batchout, batchout_sites
+from timm_batchout.zoo.hub_weights import from_hub
 
 __all__ = ['check_model_name', 'create_twin', 'depth_scaled_eta', 'register_twins']
 
@@ -101,6 +102,8 @@ def create_twin(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
         return create_base(pretrained=pretrained, **kwargs)
     if pretrained:
         _check_sites(create_base, kwargs, config)
+        if isinstance(cfg, dict) and cfg.get('source') == 'hf-hub':  # 'hf-hub:...', not the base's own weights
+            kwargs = from_hub(arch, kwargs)
     return _hook(create_base(pretrained=pretrained, **kwargs), config)
 
 

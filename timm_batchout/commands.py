@@ -1,0 +1,348 @@
+"""What each command of the command line takes and does."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+
+from timm_batchout.provenance import write_atomically
+from timm_batchout.robustness import Report, comparison, evaluate
+from timm_batchout.robustness.fgsm_scores import fgsm_scores
+from timm_batchout.robustness.plots import draw_curves
+from timm_batchout.training.config import DataConfig, TrainConfig
+from timm_batchout.training.data import data_label, load_split
+from timm_batchout.zoo import weights
+from timm_batchout.zoo.timm_twins import check_model_name
+
+__all__ = ['COMMANDS']
+
+READING = '## Reading'
+
+
+@dataclass
+class EvaluateConfig:
+    """Accuracy of a model, clean and under attack, and whether its gradients can be trusted, as one JSON report.
+
+    Args:
+        model: A timm model name, with or without tag, or hf-hub:NAMESPACE/NAME.
+        checkpoint: Score this .safetensors file instead of the pretrained weights.
+        model_args: Keyword arguments for ``timm.create_model``.
+        data: The test set.
+        n: Its first images; 0: all of it.
+        attacks: fgsm, pgd, pgd_l2, deepfool, ddn, autoattack, autoattack_l2, transfer, noise, corruptions.
+        eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
+        eps_l2: L2 radii in [0, 1] pixels.
+        settings: Of the attacks, in place of their defaults: '{pgd: {steps: 100}}'.
+        transfer_from: The model whose adversarial images 'transfer' takes.
+        audit: Check for gradient masking.
+        batch_size: Images at a time.
+        seed: Of the attacks.
+        device: Where to compute; empty: a GPU if there is one.
+        output: Write the report to this JSON file.
+        figure: Draw accuracy over the radius to this file (.svg, .png).
+        resume: Go on where a run with the same settings was broken off.
+    """
+
+    model: str
+    checkpoint: str = ''
+    model_args: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    n: int = 0
+    attacks: list[str] = field(default_factory=lambda: ['fgsm'])
+    eps: list[float | str] = field(default_factory=lambda: ['8/255'])
+    eps_l2: list[float | str] = field(default_factory=lambda: ['0.5'])
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer_from: str = ''
+    audit: bool = True
+    batch_size: int = 100
+    seed: int = 0
+    device: str = ''
+    output: str = ''
+    figure: str = ''
+    resume: bool = False
+
+
+@dataclass
+class CompareConfig:
+    """Reports of several models as one table, and as curves.
+
+    Args:
+        reports: JSON files that ``evaluate`` wrote.
+        figure: Draw accuracy over the radius to this file (.svg, .png).
+    """
+
+    reports: list[str]
+    figure: str = ''
+
+
+@dataclass
+class ReproduceConfig:
+    """The paper's figures: train what they need by the recipes, attack it, draw, and judge each claim.
+
+    Args:
+        figure: 2, 3, 4a, 4b, 5a, 5b or all.
+        data: Where the data sets are: '{mnist: {root: PATH}, cifar10: {root: PATH}}', or other fields of the recipe's
+            data, e.g. '{cifar10: {name: image_folder, root: PATH, label: NAME}}'.
+        seeds: One run of every net for each.
+        recipes: Folder of the recipes.
+        runs: Folder of the training runs. Finished ones are used again, broken-off ones go on.
+        output: Folder for figN.json, figN.svg and RESULTS.md; what stands there of other figures is kept.
+        sweep_epochs: Epochs of the nets of figures 4b, 5a and 5b; 0: as in the recipe.
+        quick: One epoch and 200 test images, to see whether everything works.
+        n_deepfool: Test images for DeepFool.
+    """
+
+    figure: Literal['2', '3', '4a', '4b', '5a', '5b', 'all']
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    recipes: str = 'recipes/paper'
+    runs: str = 'runs/paper'
+    output: str = 'runs/paper'
+    sweep_epochs: int = 0
+    quick: bool = False
+    n_deepfool: int = 1000
+
+
+@dataclass
+class PublishConfig:
+    """Stage a model's repository with its robustness card in hub_cards/, show it, and push it to the Hugging Face Hub.
+
+    The token comes from `hf auth login` or HF_TOKEN.
+
+    Args:
+        model: A bundled model ('arch.tag'), or the timm name of what --checkpoint holds.
+        all: All bundled models, each with the report of its name in --reports.
+        report: What `evaluate` wrote for these weights.
+        twin: The report of the same net without defence, for comparison.
+        reports: Folder of the reports, for --all.
+        repo: NAMESPACE/NAME; by default the model's name in the namespace of TIMM_BATCHOUT_HUB_NAMESPACE.
+        checkpoint: A .safetensors file, for weights that are not bundled.
+        run: The run folder that trained the checkpoint.
+        model_args: Keyword arguments for ``timm.create_model``.
+        cards: Folder of all cards.
+        private: Create the repository as a private one.
+        dry_run: Stage and show; push nothing.
+    """
+
+    model: str = ''
+    all: bool = False
+    report: str = ''
+    twin: str = ''
+    reports: str = 'recipes/paper/reports'
+    repo: str = ''
+    checkpoint: str = ''
+    run: str = ''
+    model_args: dict[str, Any] = field(default_factory=dict)
+    cards: str = 'hub_cards'
+    private: bool = False
+    dry_run: bool = False
+
+
+@dataclass
+class VerifyConfig:
+    """Score the bundled weights again and compare with the numbers in their JSON, image by image counted.
+
+    Args:
+        roots: Where the test sets are, by data name. Models whose data is not named are skipped, and said to be.
+        models: Which bundled models ('arch.tag'); empty: all.
+    """
+
+    roots: dict[str, str]
+    models: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ListConfig:
+    """The bundled weights and their accuracy, as Markdown tables made from their JSON."""
+
+
+def run_train(config: TrainConfig) -> int:
+    from timm_batchout.training.loop import Interrupted, train
+
+    try:
+        train(config)
+    except Interrupted as stopped:  # asked for, and saved: no failure
+        print(stopped)
+    return 0
+
+
+def run_evaluate(config: EvaluateConfig) -> int:
+    from timm_batchout.robustness.attacks import check_available
+
+    check_available([*config.attacks, *(['pgd'] if config.audit else [])])
+    if config.figure and not config.output:
+        raise ValueError('A figure is drawn from a report: name an --output as well.')
+    model = _load(config.model, config.checkpoint, config.model_args)
+    split = load_split(config.data, train=False)
+    n = config.n or len(split)
+    if not 0 < n <= len(split):
+        raise ValueError(f'n must lie in [1, {len(split)}], the images of the test set, got {config.n}.')
+    chunks = Path(f'{config.output}.chunks') if config.output else None
+    state = _processes()
+    if chunks and not config.resume and state.is_main_process:
+        shutil.rmtree(chunks, ignore_errors=True)
+    state.wait_for_everyone()
+    device = config.device or str(state.device)
+    report = evaluate(
+        model.to(device),
+        split.images[:n].to(device),
+        split.labels[:n].to(device),
+        config.attacks,
+        config.eps,
+        config.eps_l2,
+        settings=config.settings,
+        transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
+        audit=config.audit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        name=config.checkpoint or config.model,
+        data=data_label(config.data),
+        chunks=chunks,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        wait=state.wait_for_everyone,
+        progress=sys.stderr.isatty(),
+    )
+    if state.is_main_process:
+        print(report.table())
+        if chunks:
+            report.save(config.output)
+            shutil.rmtree(chunks, ignore_errors=True)
+        if config.figure:
+            draw_curves([report], config.figure)
+    return 0
+
+
+def run_compare(config: CompareConfig) -> int:
+    reports = [Report.load(path) for path in config.reports]
+    print(comparison(reports))
+    if config.figure:
+        draw_curves(reports, config.figure)
+    return 0
+
+
+def run_reproduce(config: ReproduceConfig) -> int:
+    from timm_batchout.paper.claims import results
+    from timm_batchout.paper.draw import draw
+    from timm_batchout.paper.figures import FIGURES, Paper
+
+    paper = Paper(
+        Path(config.recipes), Path(config.runs), config.data, config.seeds, config.sweep_epochs, config.quick,
+        n_deepfool=config.n_deepfool,
+    )  # fmt: skip
+    output = Path(config.output)
+    for name in FIGURES if config.figure == 'all' else [config.figure]:
+        figure = paper.measure(name)
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / f'fig{name}.json', json.dumps(figure, indent=1) + '\n')
+        draw(figure, output / f'fig{name}.svg')
+    known = {name: output / f'fig{name}.json' for name in FIGURES}
+    figures = {name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()}
+    reports = [Report.load(path) for path in sorted((output / 'reports').glob('*.json'))]
+    path = output / 'RESULTS.md'
+    reading = path.read_text().partition(READING)[2] if path.is_file() else ''  # what people wrote
+    write_atomically(path, results(figures, reports) + (READING + reading if reading else ''))
+    print(path.read_text())
+    return 0
+
+
+def run_publish(config: PublishConfig) -> int:
+    from timm_batchout.hub.gallery import write_gallery
+    from timm_batchout.hub.publish import bundled, push, stage
+
+    if config.all == bool(config.model):
+        raise ValueError('Name one model to publish, or --all true.')
+    if config.all:
+        undefended = {card['data']: name for name, card in weights.bundled_cards().items() if '.baseline_' in name}
+        todo = []
+        for name, card in weights.bundled_cards().items():
+            twin = undefended[card['data']]
+            todo.append((name, *bundled(name), f'{name}.json', f'{twin}.json' if twin != name else ''))
+        folder = Path(config.reports)
+    else:
+        if not config.report:
+            raise ValueError('A model is published with its report: name what `evaluate` wrote as --report.')
+        run = json.loads((Path(config.run) / 'result.json').read_text()) if config.run else {}
+        source = (Path(config.checkpoint), run) if config.checkpoint else bundled(config.model)
+        todo = [(config.model, *source, config.report, config.twin)]
+        folder = Path()
+    cards = Path(config.cards)
+    staged = []
+    for name, file, run, report, twin in todo:
+        twin_report = Report.load(folder / twin) if twin else None
+        staged.append(
+            stage(
+                name, file, Report.load(folder / report), run, cards, config.repo, twin_report, config.model_args
+            )
+        )  # fmt: skip
+    write_gallery(cards)
+    for repository in staged:
+        print(repository.repo)
+        for path, local in repository.files().items():
+            print(f'  {path:20} {local.stat().st_size / 1024:10.1f} KiB')
+        if not config.dry_run:
+            changed = push(repository, config.private)
+            print(f'  pushed: {", ".join(changed)}' if changed else '  nothing has changed: nothing was pushed')
+    return 0
+
+
+def run_verify(config: VerifyConfig) -> int:
+    cards = weights.bundled_cards()
+    unknown = set(config.models) - set(cards)
+    if unknown:
+        raise ValueError(f'No bundled weights for {", ".join(sorted(unknown))}. There are: {", ".join(cards)}.')
+    splits: dict[str, Any] = {}
+    differing = 0
+    for name, card in cards.items():
+        data = DataConfig(**card['recipe']['data'])
+        if (config.models and name not in config.models) or card['data'] not in config.roots:
+            print(f'{name}: skipped, name its data to check it: --roots {{"{card["data"]}": PATH}}')
+            continue
+        if card['data'] not in splits:
+            splits[card['data']] = load_split(replace(data, root=config.roots[card['data']]), train=False)
+        split = splits[card['data']]
+        found = fgsm_scores(
+            timm.create_model(name, pretrained=True), split.images, split.labels, list(card['test']['fgsm'])
+        )
+        same = found == card['test']
+        differing += not same
+        print(f'{name}: clean {found["clean"]["accuracy"]:.4f}, ' + ('as stated' if same else f'STATED {card["test"]}'))
+    return 1 if differing else 0
+
+
+def run_list(config: ListConfig) -> int:
+    print(weights.table(weights.bundled_cards()))
+    return 0
+
+
+def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) -> Any:
+    """A model by name, with its pretrained weights or those of a safetensors file."""
+    check_model_name(name)
+    if checkpoint and not checkpoint.endswith('.safetensors'):
+        raise ValueError(f'checkpoint must be a .safetensors file, got {checkpoint!r}: pickles can run code.')
+    weights_of = {'checkpoint_path': checkpoint} if checkpoint else {'pretrained': True}
+    return timm.create_model(name, **{**weights_of, **(model_args or {})})
+
+
+def _processes() -> Any:
+    """Accelerate's view of the processes that share the work."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
+    'train': (run_train, TrainConfig),
+    'evaluate': (run_evaluate, EvaluateConfig),
+    'compare': (run_compare, CompareConfig),
+    'reproduce': (run_reproduce, ReproduceConfig),
+    'publish': (run_publish, PublishConfig),
+    'verify': (run_verify, VerifyConfig),
+    'list': (run_list, ListConfig),
+}

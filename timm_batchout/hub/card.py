@@ -1,0 +1,303 @@
+"""A Report and a training run become a model card: what the Hub shows of a model, and what its metadata says."""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from timm_batchout.robustness import Report, comparison
+from timm_batchout.robustness.attacks import ATTACKS
+from timm_batchout.robustness.report import Score, title
+
+__all__ = ['Entry', 'make_card', 'summary']
+
+DATASETS = {'MNIST': 'ylecun/mnist', 'CIFAR-10': 'uoft-cs/cifar10'}  # on the Hub, by the first word of our data label
+CITATION = """@inproceedings{subramanya2018batchout,
+  title={BatchOut: Batch-level feature augmentation to improve robustness to adversarial examples},
+  author={Subramanya, Akshayvarun and Mopuri, Konda Reddy and Babu, R. Venkatesh},
+  booktitle={ICVGIP},
+  year={2018}
+}"""
+METHODS = {'fgsm': 'FGSM adversarial training', 'plain': 'plain training'}
+
+
+@dataclass
+class Entry:
+    """All that is known of a model that is published.
+
+    Attributes:
+        name: Of its repository, without namespace.
+        repo: 'namespace/name'.
+        architecture: That timm creates; the stock one for a BatchOut-trained timm backbone.
+        config: Of config.json.
+        report: What attacks do to it.
+        run: The recipe and the metrics of its training; empty if they are not known.
+        sha256: Of the weights file.
+        twin: The report of the same net without defence, if there is one.
+    """
+
+    name: str
+    repo: str
+    architecture: str
+    config: dict[str, Any]
+    report: Report
+    run: dict[str, Any]
+    sha256: str
+    twin: Report | None = None
+    license: str = 'apache-2.0'
+
+    @property
+    def has_curves(self) -> bool:
+        """An attack was run at two radii (or iterations) or more: a curve can be drawn."""
+        drawn = [s.attack for s in self.report.scores if s.radius is not None or s.attack == 'deepfool']
+        return any(count > 1 for count in Counter(drawn).values())
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.run.get('recipe', {})
+
+    @property
+    def batchout(self) -> bool:
+        """Trained with BatchOut, as far as the recipe tells; else as the report's model says."""
+        return str(self.recipe.get('model', self.report.model)).startswith('batchout_')
+
+
+def make_card(entry: Entry) -> ModelCard:
+    """The README.md of a model's repository.
+
+    Raises:
+        ValueError: The report lacks the clean score.
+    """
+    dataset = DATASETS.get(entry.report.data.split()[0], '')
+    data = ModelCardData(
+        model_name=entry.name,
+        library_name='timm',
+        license=entry.license,
+        tags=['image-classification', 'timm', 'adversarial-robustness', *(['batchout'] if entry.batchout else [])],
+        datasets=[dataset] if dataset else None,
+        pipeline_tag='image-classification',
+        eval_results=eval_results(entry.report),
+    )
+    sections = [
+        f'# {entry.name}',
+        f'**{summary(entry.report)}**',
+        _what(entry),
+        '## Robustness',
+        _robustness(entry),
+        '![Accuracy over the strength of each attack](curves.svg)' if entry.has_curves else '',
+        '## How to load it',
+        _loading(entry),
+        '## Training',
+        _training(entry),
+        '## Intended use and limits',
+        _limits(entry),
+        '## Files and versions',
+        _files(entry),
+        '## Citation',
+        f'```bibtex\n{CITATION}\n```',
+    ]
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n')
+
+
+def eval_results(report: Report) -> list[EvalResult]:
+    """For the Hub's model-index: clean, and the main variants of FGSM, PGD, AutoAttack and DeepFool."""
+    dataset = DATASETS.get(report.data.split()[0], report.data)
+    results = []
+    for score in report.scores:
+        if not _headline(score):
+            continue
+        name = title(*score.key)
+        value, metric = 100 * score.accuracy, 'accuracy'
+        shared: dict[str, Any] = dict(
+            task_type='image-classification',
+            dataset_type=dataset,
+            dataset_name=report.data,
+            dataset_split='test',
+        )
+        settings = report.settings.get(score.attack, {})
+        args = {
+            'n': score.n,
+            'norm': score.norm or None,
+            'eps': score.variant if score.radius is not None else None,
+            **settings,
+        }
+        config = 'clean' if score.attack == 'clean' else f'{score.norm}-{score.variant}'.strip('-')
+        label = f'{name} (masked: overstated)' if score.masked else name
+        results.append(
+            EvalResult(
+                **shared,
+                metric_type=metric,
+                metric_name='Accuracy' if score.attack == 'clean' else label,
+                metric_config=f'{score.attack} {config}' if score.attack != 'clean' else config,
+                metric_args={key: value for key, value in args.items() if value is not None},
+                metric_value=round(value, 2),
+            )
+        )
+        if score.median_distance is not None:
+            results.append(
+                EvalResult(
+                    **shared,
+                    metric_type='median_distance',
+                    metric_name=f'{name}, median L2 distance in [0, 1] pixels',
+                    metric_config=f'{score.attack} distance',
+                    metric_args={'n': score.n, **settings},
+                    metric_value=round(score.median_distance, 4),
+                )
+            )
+    return results
+
+
+def _headline(score: Score) -> bool:
+    if score.attack == 'deepfool':
+        return score.variant == '5 iterations'
+    return score.attack == 'clean' or (
+        score.attack in ('fgsm', 'pgd', 'autoattack', 'autoattack_l2') and score.radius is not None
+    )
+
+
+def summary(report: Report) -> str:
+    """One sentence that leads with the strongest attack and the audit's verdict."""
+    clean = f'{100 * report.score("clean").accuracy:.1f}% clean'
+    strongest = [
+        score
+        for attack in ('autoattack', 'pgd', 'fgsm')
+        for score in report.scores
+        if score.attack == attack and score.radius is not None
+    ]
+    verdict = 'not checked.'
+    if report.audit:
+        verdict = report.audit['verdict']
+    if not strongest:
+        return f'Accuracy: {clean}. Not attacked. Gradient masking: {verdict}'
+    first = [score for score in strongest if score.attack == strongest[0].attack]
+    shown = ', '.join(f'{100 * score.accuracy:.1f}% under {title(*score.key)}' for score in first[-2:])
+    return f'Accuracy: {shown} (n = {first[0].n}); {clean}. Gradient masking: {verdict}'
+
+
+def _what(entry: Entry) -> str:
+    method = METHODS.get(entry.recipe.get('objective', {}).get('name', ''), 'training')
+    if entry.batchout:
+        method = (
+            'BatchOut: while it trained, features of the first half of each mini-batch were pushed a little toward '
+            'those of other images of the batch. The weights are those of a plain net; at test time nothing is added'
+        )
+    return f'`{entry.architecture}`, trained on {entry.report.data}. Method: {method}.'
+
+
+def _robustness(entry: Entry) -> str:
+    report = entry.report
+    lines = []
+    if entry.twin:
+        lines += [comparison([report, entry.twin], ['this model', 'without defence']), '']
+    else:
+        lines += [report.table(), '']
+    lines.append(
+        f'An image counts as right if it is right before the attack and after it. The images are the first of the test '
+        f'set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '
+        f'either side for the smallest n here. Radii and distances are in [0, 1] pixels. '
+        'Bold: the better one, where gradients can be trusted.'
+    )
+    if report.audit:
+        audit = report.audit
+        lines += ['', f'**Gradient masking: {audit["verdict"]}**']
+        if audit['n']:
+            pgd = ', '.join(f'{100 * share:.1f}% ({loss})' for loss, share in audit['pgd'].items())
+            free = ', '.join(f'{100 * share:.1f}%' for share in audit['unbounded'].values())
+            lines += [
+                '',
+                f'Of {audit["n"]} images classified right, {audit["zero_gradients"]:.1%} have an input gradient of '
+                f'exactly zero. PGD at radius {audit["radius"]:.4g} leaves right, by its loss: {pgd}; without '
+                f'a bound: {free}. The logits have a standard deviation of {audit["logit_std"]:.1f}.',
+            ]
+    return '\n'.join(lines)
+
+
+def _widest(scores: Sequence[Score]) -> float:
+    return max(50 * (score.interval[1] - score.interval[0]) for score in scores)
+
+
+def _loading(entry: Entry) -> str:
+    needs = entry.config['architecture'] != entry.architecture or entry.architecture in ('mnist_cnn', 'cifar_vgg')
+    plugin = needs or entry.architecture.startswith('batchout_')
+    load = f"model = timm.create_model('hf-hub:{entry.repo}', pretrained=True).eval()"
+    if plugin:
+        text = f'```python\nimport timm, timm_batchout  # pip install timm-batchout\n\n{load}\n```'
+        plain = entry.architecture.removeprefix('batchout_')
+        text += (
+            f'\n\nThe state_dict is that of the plain `{plain}`; BatchOut adds no parameters. '
+            'Without the package, `safetensors.torch.load_file("model.safetensors")` gives the tensors.'
+        )
+    else:
+        text = f'```python\nimport timm  # plain timm loads it\n\n{load}\n```'
+        text += (
+            f'\n\nTo train it further with BatchOut: `import timm_batchout` and '
+            f"`timm.create_model('batchout_{entry.architecture}', checkpoint_path=...)`."
+        )
+    size = entry.report.preprocessing
+    return (
+        f'{text}\n\nInput: {size["input_size"]} floats in [0, 1], normalised by mean {_short(size["mean"])} and std '
+        f'{_short(size["std"])}. Output: logits.'
+    )
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    return [round(value, 4) for value in values]
+
+
+def _training(entry: Entry) -> str:
+    if not entry.run:
+        return 'The training run was not recorded.'
+    recipe = _trimmed(entry.recipe)
+    data = entry.report.data
+    copy = ' **The images are a copy of the data set that went through JPEG compression (quality 75), not the original '
+    copy += 'files: accuracies differ a little from those on the originals.**'
+    metrics = entry.run.get('training', {})
+    seconds = metrics.get('seconds')
+    where = metrics.get('environment', {})
+    took = (
+        f' It took {seconds / 60:.0f} minutes on {where.get("hardware", "?")}, {where.get("cpu_threads", "?")} threads.'
+    )
+    return (
+        f'Data: {data}, {1 - recipe["data"]["val_fraction"]:.0%} of its training set; the rest chose hyperparameters. '
+        f'The test set chose nothing.{copy if "JPEG" in data else ""} Seed {entry.run.get("seed", 0)}.'
+        f'{took if seconds else ""}\n\n'
+        '```bash\ntimm-batchout train --config recipe.yaml --data.root DATA --output RUN\n```\n\n'
+        '<details><summary>recipe.yaml</summary>\n\n'
+        f'```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n</details>'
+    )
+
+
+def _trimmed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Without what is empty or off."""
+    inner = {name: _trimmed(value) if isinstance(value, dict) else value for name, value in recipe.items()}
+    return {name: value for name, value in inner.items() if value or (value == 0 and name == 'seed')}
+
+
+def _limits(entry: Entry) -> str:
+    return (
+        'For research on robustness, and as a baseline. It is not a defence to rely on: no guarantee stands behind any '
+        'number here, attacks get better, and accuracy under an attack that was not run may be lower. Accuracy under '
+        'FGSM alone says little. Images unlike those of the training set (other sources, sizes, classes) were not '
+        'examined.'
+    )
+
+
+def _files(entry: Entry) -> str:
+    names = ('python', 'timm-batchout', 'torch', 'timm')
+    versions = ', '.join(
+        f'{name} {entry.report.environment[name]}' for name in names if name in entry.report.environment
+    )
+    attacks = {name: settings for name, settings in entry.report.settings.items() if name in ATTACKS}
+    return '\n'.join(
+        [
+            f'`model.safetensors` has the sha256 `{entry.sha256}`; the package checks it after every download.',
+            '',
+            f'Evaluated with {versions} on {entry.report.environment.get("hardware", "?")}, batch size '
+            f'{entry.report.batch_size}, seed {entry.report.seed}. Settings of the attacks: `{json.dumps(attacks)}`. '
+            'All scores are in results.json.',
+        ]
+    )

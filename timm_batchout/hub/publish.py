@@ -1,0 +1,174 @@
+"""A model's repository on the Hugging Face Hub: staged in a folder, shown, pushed in one commit."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+from timm.models._hub import save_config_for_hf
+
+from timm_batchout.batchout import BatchOutConfig
+from timm_batchout.hub.card import Entry, make_card
+from timm_batchout.provenance import write_atomically
+from timm_batchout.robustness import Report
+from timm_batchout.robustness.evaluate import weights_sha256
+from timm_batchout.robustness.plots import draw_curves
+from timm_batchout.zoo.hub_weights import NAMESPACE, WEIGHTS
+from timm_batchout.zoo.weights import FOLDER, bundled_cards
+
+__all__ = ['Staged', 'bundled', 'push', 'stage']
+
+TRIES = 3  # when others push to the same repository at the same time
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What goes up: the files of a folder, and the weights from where they are."""
+
+    repo: str
+    folder: Path
+    weights: Path
+
+    def files(self) -> dict[str, Path]:
+        """Path in the repository -> file here."""
+        cards = {path.name: path for path in sorted(self.folder.iterdir()) if not path.name.endswith('.tmp')}
+        return {**cards, WEIGHTS: self.weights}
+
+
+def bundled(name: str) -> tuple[Path, dict[str, Any]]:
+    """Weights and training run of a bundled model ('arch.tag').
+
+    Raises:
+        ValueError: There is no such model.
+    """
+    cards = bundled_cards()
+    if name not in cards:
+        raise ValueError(f'There are no bundled weights {name!r}; there are {", ".join(cards)}. Others: --checkpoint.')
+    return FOLDER / f'{name}.safetensors', cards[name]
+
+
+def stage(
+    model: str,
+    weights: Path,
+    report: Report,
+    run: dict[str, Any],
+    cards: Path,
+    repo: str = '',
+    twin: Report | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> Staged:
+    """Write all of a repository but the weights to ``cards/NAME``.
+
+    Args:
+        model: timm's name. BatchOut twins of timm's nets are published under the stock architecture.
+        weights: A safetensors file.
+        report: What attacks do to these weights.
+        run: The training run's result.json, or the JSON of bundled weights; empty if it is not known.
+        cards: The folder of all cards.
+        repo: 'namespace/name'; by default the model's name in the default namespace.
+        twin: The report of the same net without defence, for comparison.
+        model_args: Of the architecture, e.g. ``num_classes``.
+
+    Raises:
+        ValueError: Weights that are not safetensors, a report of other weights, a name that the Hub does not allow.
+    """
+    if weights.suffix != '.safetensors':
+        raise ValueError(f'Only safetensors are published, got {str(weights)!r}: pickles can run code.')
+    repo = repo or f'{NAMESPACE}/{model}'
+    validate_repo_id(repo)
+    if repo.count('/') != 1:
+        raise ValueError(f'repo must be NAMESPACE/NAME, got {repo!r}.')
+    net = _plain(model, weights, model_args or {})
+    if weights_sha256(net) != report.weights_sha256:
+        raise ValueError(f'The report is not of these weights ({str(weights)!r}): evaluate them first.')
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    folder = cards / repo.split('/')[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(net, {'sha256': digest, 'trained_with': run.get('recipe', {}).get('model', model)})
+    architecture = config['architecture']
+    entry = Entry(folder.name, repo, architecture, config, report, run, digest, twin)
+    results = {'repo': repo, 'report': report.to_dict(), 'run': run, 'sha256': digest}
+    write_atomically(folder / 'config.json', json.dumps(config, indent=2) + '\n')
+    write_atomically(folder / 'results.json', json.dumps(results, indent=1) + '\n')
+    if entry.has_curves:
+        draw_curves([report, *([twin] if twin else [])], folder / 'curves.svg')
+    card = make_card(entry)
+    write_atomically(folder / 'README.md', card.content)
+    return Staged(repo, folder, weights)
+
+
+def _plain(model: str, weights: Path, model_args: dict[str, Any]) -> Any:
+    """The net as it is published: BatchOut twins of timm's architectures as timm's own."""
+    net: Any = timm.create_model(model, checkpoint_path=str(weights), **model_args)
+    architecture = net.pretrained_cfg['architecture']
+    if architecture == model.partition('.')[0]:
+        return net
+    hooked = {field.name for field in fields(BatchOutConfig)}
+    own = {name: value for name, value in model_args.items() if name not in hooked}
+    return timm.create_model(architecture, checkpoint_path=str(weights), **own)
+
+
+def _config(net: Any, extra: dict[str, Any]) -> dict[str, Any]:
+    """config.json, as timm writes it; it ignores what else stands at its root."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / 'config.json'
+        save_config_for_hf(net, str(path), model_config=extra)
+        return json.loads(path.read_text())
+
+
+def push(staged: Staged, private: bool = False) -> list[str]:
+    """Upload what the Hub does not have yet, in one commit; a repository is created where there is none.
+
+    The token comes from ``hf auth login`` or HF_TOKEN, and is seen by huggingface_hub alone.
+
+    Returns:
+        The files that went up; none if nothing has changed.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: No token, no right to write, or others kept pushing.
+    """
+    api = HfApi()
+    api.create_repo(staged.repo, private=private, exist_ok=True)
+    for attempt in range(TRIES):
+        info = api.model_info(staged.repo, files_metadata=True)
+        changed = _changed(staged, info.siblings or [])
+        if not changed:
+            return []
+        try:
+            api.create_commit(
+                staged.repo,
+                [CommitOperationAdd(name, path) for name, path in changed.items()],
+                commit_message=f'{staged.folder.name}: {", ".join(changed)}',
+                parent_commit=info.sha,
+            )
+            return list(changed)
+        except HfHubHTTPError as error:
+            stale = error.response is not None and error.response.status_code == 412
+            if not stale or attempt == TRIES - 1:
+                raise
+    raise AssertionError('unreachable')
+
+
+def _changed(staged: Staged, remote: Sequence[Any]) -> dict[str, Path]:
+    """The files that differ from those on the Hub: large ones are known there by sha256, others by git's hash."""
+    known = {file.rfilename: file for file in remote}
+    changed = {}
+    for name, path in staged.files().items():
+        there = known.get(name)
+        content = path.read_bytes()
+        if there is None:
+            same = False
+        elif there.lfs:
+            same = there.lfs.sha256 == hashlib.sha256(content).hexdigest()
+        else:
+            same = there.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+        if not same:
+            changed[name] = path
+    return changed

@@ -55,8 +55,7 @@ def options(net: str, candidate: str) -> tuple[str, dict[str, Any]]:
     sites, factor = choice
     with torch.device('meta'):
         count = len(batchout_sites(timm.create_model(f'batchout_{arch}', sites=sites, **model_args)))
-    low, high = depth_scaled_eta(count)
-    return f'batchout_{arch}', {**model_args, 'sites': sites, 'eta': [factor * low, factor * high]}
+    return f'batchout_{arch}', {**model_args, 'sites': sites, 'eta': list(depth_scaled_eta(count, factor))}
 
 
 def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, runs: Path, test: Split) -> dict:
@@ -100,15 +99,18 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
 
 
 def median_distance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Median L2 distance, in [0, 1] pixels, to the nearest adversarial image that DeepFool finds; 0 where wrong before.
+    """Median L2 distance, in [0, 1] pixels, to the adversarial image that DeepFool finds, of the images that are right.
 
     Images that it cannot fool count as infinitely far.
     """
-    distances = []
+    net, distances = PixelModel(model).eval(), []
     for batch, truth in zip(images.split(100), labels.split(100), strict=True):
-        found = deepfool(PixelModel(model).eval(), batch / 255, truth, iterations=50)
+        with torch.no_grad():
+            right = net(batch / 255).argmax(1) == truth
+        found = deepfool(net, batch[right] / 255, truth[right], iterations=50)
         distances.append(torch.where(found.right[-1], torch.inf, found.distance[-1]))
-    return {'n': len(images), 'steps': 50, 'median_l2': torch.cat(distances).median().item()}
+    distance = torch.cat(distances)
+    return {'n': len(images), 'right': len(distance), 'steps': 50, 'median_l2': distance.median().item()}
 
 
 def write_up(report: dict[str, Any]) -> str:
@@ -126,8 +128,8 @@ def write_up(report: dict[str, Any]) -> str:
         f'{report["data"]}, {recipe["epochs"]} epochs on {1 - recipe["data"]["val_fraction"]:.0%} of the training set, '
         f'{recipe["optimizer"]["name"]} '
         f'{recipe["optimizer"]["lr"]:g}, batch {recipe["batch_size"]}; {n} test images, so 95% intervals of '
-        f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance over the first '
-        f'{first["deepfool"]["n"]} test images, {first["deepfool"]["steps"]} steps. Short runs on a CPU: they rank '
+        f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance of those of the first '
+        f'{first["deepfool"]["n"]} test images that are classified right, {first["deepfool"]["steps"]} steps. Short runs on a CPU: they rank '
         'choices, and say little about what long training reaches.',
         '',
     ]

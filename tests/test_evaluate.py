@@ -321,6 +321,7 @@ class Tuple(nn.Module):
         ({'model': nn.Sequential(nn.Flatten(), nn.Linear(784, 1))}, 'two classes or more'),
         ({'model': Tuple()}, 'must return a tensor of logits'),
         ({'world_size': 2}, 'name one as chunks'),
+        ({'model': timm.create_model('test_resnet', in_chans=1)}, 'The images have 1 channels, the model takes 3'),
     ],
 )
 def test_bad_input(net, changes, message):

@@ -129,8 +129,8 @@ def write_up(report: dict[str, Any]) -> str:
         f'{recipe["optimizer"]["name"]} '
         f'{recipe["optimizer"]["lr"]:g}, batch {recipe["batch_size"]}; {n} test images, so 95% intervals of '
         f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance of those of the first '
-        f'{first["deepfool"]["n"]} test images that are classified right, {first["deepfool"]["steps"]} steps. Short runs on a CPU: they rank '
-        'choices, and say little about what long training reaches.',
+        f'{first["deepfool"]["n"]} test images that are classified right, {first["deepfool"]["steps"]} steps. Short '
+        'runs on a CPU: they rank choices, and say little about what long training reaches.',
         '',
     ]
     for net in dict.fromkeys(r['net'] for r in report['results']):

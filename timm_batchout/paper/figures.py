@@ -54,6 +54,10 @@ def _only_at(*places: str) -> Net:
     return Net('+'.join(places), 'mnist_batchout', '+'.join(places), {'eta': eta})
 
 
+def _with_share(k: str) -> Net:
+    return Net(k, 'mnist_batchout', f'k{k}', {'k': float(k)})
+
+
 def _three(data: str) -> tuple[Net, ...]:
     return (
         Net('baseline', f'{data}_baseline'),
@@ -83,9 +87,10 @@ FIGURES = {
         'The share k of the mini-batch (Fig. 5a)',
         (
             replace(BASELINE, label='0'),
-            *(Net(k, 'mnist_batchout', f'k{k}', {'k': float(k)}) for k in ('0.1', '0.3')),
+            _with_share('0.3'),
             replace(BATCHOUT, label='0.5'),
-            *(Net(k, 'mnist_batchout', f'k{k}', {'k': float(k)}) for k in ('0.7', '0.9', '1.0')),
+            _with_share('0.7'),
+            _with_share('1.0'),
         ),
         ('0.4',),
         sweep=True,

@@ -155,7 +155,7 @@ def evaluate(
     )
 
 
-def check_input(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
     """Raise ValueError on what no attack could make sense of."""
     if len(images) == 0:
         raise ValueError('There are no images to evaluate on.')
@@ -163,6 +163,11 @@ def check_input(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
     if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
+    if model.mean.numel() not in (1, images.shape[1]):
+        raise ValueError(
+            f'The images have {images.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
+            'and std of its pretrained_cfg, one value per channel.'
+        )
     with torch.no_grad():
         try:
             logits = model(_pixels(images, slice(0, 2)))

@@ -1,0 +1,253 @@
+"""To the Hub and back, in processes of their own: huggingface_hub reads its settings when it is imported."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import timm_batchout
+from timm_batchout.robustness import Report
+from timm_batchout.training.config import DataConfig
+from timm_batchout.training.data import load_split
+from timm_batchout.zoo.weights import bundled_cards
+
+from .loopback import LoopbackHub
+
+pytestmark = pytest.mark.hub
+PACKAGE = Path(timm_batchout.__file__).parent
+
+
+def python(code, hub, home, token=None, package=PACKAGE, **variables):
+    """Run a script; its output, standard error after standard output."""
+    environment = {
+        **hub.environment(token, home), 'PYTHONPATH': str(package.parent), 'OMP_NUM_THREADS': '1', **variables,
+    }  # fmt: skip
+    script = f'import json, sys, timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'
+    done = subprocess.run([sys.executable, '-c', script], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def publish(*arguments, times=1):
+    command = ['publish', *map(str, arguments)]
+    return f'from timm_batchout.cli import main\nfor _ in range({times}): print("exit", main({command!r}))\n'
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """A few digits, and coloured ones for the CIFAR-10 nets."""
+    split = load_split(DataConfig('digits'), train=False)
+    small = torch.nn.functional.interpolate(split.images[:6].float(), 32).byte()
+    path = tmp_path_factory.mktemp('images') / 'images.pt'
+    torch.save({1: split.images[:6], 3: small.repeat(1, 3, 1, 1), 'labels': split.labels[:6]}, path)
+    return path
+
+
+SCORE = """
+from timm_batchout.robustness import evaluate
+def score(name, path, **options):
+    images = torch.load(path)
+    model = timm.create_model(name, pretrained=True, **options)
+    channels = model.pretrained_cfg['input_size'][0]
+    settings = {'pgd': {'steps': 2, 'n': 4}}
+    return evaluate(model, images[channels], images['labels'], ['fgsm', 'pgd', 'deepfool'], ['0.02', '0.1'],
+                    settings=settings, audit=True, name=name, data=f'{channels} channels')
+"""
+
+
+@pytest.fixture(scope='module')
+def reports(images, tmp_path_factory):
+    """Of all bundled models."""
+    folder = tmp_path_factory.mktemp('reports')
+    names = list(bundled_cards())
+    code = (
+        f'{SCORE}\nfor name in {names!r}: score(name, {str(images)!r}).save(Path({str(folder)!r}) / f"{{name}}.json")'
+    )
+    subprocess.run(
+        [sys.executable, '-c', f'import timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'], check=True
+    )
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with LoopbackHub(tmp_path / 'hub') as hub:
+        yield hub
+
+
+def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images, reports):
+    cards = tmp_path / 'cards'
+    command = ['--all', 'true', '--reports', reports, '--cards', cards]
+    assert 'exit 0' in python(publish(*command, '--dry_run', 'true'), hub, tmp_path / 'a')
+    assert not hub.requests, 'a dry run talks to nobody'
+    output = python(publish(*command), hub, tmp_path / 'a', 'hf_owner')
+    assert output.count('pushed: README.md, config.json, curves.svg, results.json, model.safetensors') == 6
+    assert 'hf_owner' not in output + ''.join(path.read_text() for path in cards.rglob('*.*') if path.is_file())
+    hub.requests.clear()
+    output = python(publish(*command), hub, tmp_path / 'a', 'hf_owner')
+    assert output.count('nothing has changed: nothing was pushed') == 6
+    assert not [request for request in hub.requests if 'PUT' in request or '/commit/' in request]
+    assert not list(cards.rglob('*.safetensors')), 'weights are not committed twice'
+
+    # Another machine: an empty cache, no token, and a package without weights.
+    slim = tmp_path / 'slim' / 'timm_batchout'
+    shutil.copytree(PACKAGE, slim, ignore=shutil.ignore_patterns('*.safetensors', '__pycache__'))
+    code = f"""{SCORE}
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+for info in HfApi().list_models(author='timm-batchout'):
+    report = score(f'hf-hub:{{info.id}}', {str(images)!r})
+    name = info.id.split('/')[1]
+    model = timm.create_model(f'hf-hub:{{info.id}}@{{HfApi().model_info(info.id).sha}}', pretrained=True)
+    there = load_file(Path({str(PACKAGE)!r}) / 'zoo' / 'weights' / f'{{name}}.safetensors')
+    assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items()) and len(there) > 6
+    default = timm.create_model(name, pretrained=True)  # by its own name: from the Hub, for want of the file
+    assert all(torch.equal(value, there[key]) for key, value in default.state_dict().items())
+    print(json.dumps([name, [[s.attack, s.variant, s.correct, s.n] for s in report.scores]]))
+"""
+    lines = [
+        json.loads(line) for line in python(code, hub, tmp_path / 'b', package=slim).splitlines() if line[0] == '['
+    ]
+    assert {name for name, _ in lines} == set(bundled_cards())
+    for name, scores in lines:
+        card = json.loads((cards / name / 'results.json').read_text())['report']
+        assert scores == [[s['attack'], s['variant'], s['correct'], s['n']] for s in card['scores']]
+
+    # The server is down: what is cached loads, the rest fails at once and says so.
+    hub.stop()
+    code = f"""
+timm.create_model('batchout_cifar_vgg', pretrained=True)
+timm.create_model('hf-hub:timm-batchout/batchout_mnist_cnn.mnist', pretrained=True)
+import os
+try: timm.create_model('mnist_cnn', pretrained=True, cache_dir={str(tmp_path / 'c')!r})
+except ConnectionError as error: print(error)
+"""
+    assert 'The Hub does not answer, and timm-batchout/mnist_cnn' in python(code, hub, tmp_path / 'b', package=slim)
+    offline = python(code, hub, tmp_path / 'b', package=slim, HF_HUB_OFFLINE='1')
+    assert 'is not in the cache, and huggingface_hub is set to be offline' in offline
+
+
+def test_a_trained_twin_is_published_as_the_stock_net(hub, tmp_path):
+    """And loads where this package is not."""
+    code = """
+from safetensors.torch import save_file
+from timm_batchout.robustness import evaluate
+args = dict(num_classes=10, eta=0.2)
+model = timm.create_model('batchout_test_resnet', **args)
+save_file(model.state_dict(), FOLDER / 'weights.safetensors')
+data = torch.rand(8, 3, 32, 32), torch.arange(8)
+evaluate(model.eval(), *data, ['fgsm'], ['0.1'], data='noise').save(FOLDER / 'report.json')
+"""
+    code = f'FOLDER = Path({str(tmp_path)!r})\n{code}' + publish(
+        'batchout_test_resnet', '--checkpoint', tmp_path / 'weights.safetensors', '--report', tmp_path / 'report.json',
+        '--repo', 'alice/resnet', '--cards', tmp_path / 'cards', '--private', 'true',
+        '--model_args', '{num_classes: 10, eta: 0.2}',
+    )  # fmt: skip
+    assert 'exit 0' in python(code, hub, tmp_path / 'a', 'hf_owner')
+    assert json.loads((tmp_path / 'cards' / 'resnet' / 'config.json').read_text())['architecture'] == 'test_resnet'
+    assert '![Accuracy' not in (tmp_path / 'cards' / 'resnet' / 'README.md').read_text(), 'one radius is no curve'
+    code = f"""
+from safetensors.torch import load_file
+model = timm.create_model('hf-hub:alice/resnet', pretrained=True)
+there = load_file({str(tmp_path / 'weights.safetensors')!r})
+assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items())
+print(type(model).__name__, len(timm.list_models('batchout_*')))
+"""
+    environment = {**hub.environment('hf_owner', tmp_path / 'b'), 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(
+        [sys.executable, '-c', f'import timm, torch\n{code}'], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == 'ResNet 0', done.stderr
+
+
+def test_pushing_against_the_wind(hub, tmp_path, reports):
+    """No token, a bad one, one that may not write; others who push meanwhile; a connection that breaks."""
+    name = 'mnist_cnn.baseline_mnist'
+    arguments = (name, '--report', reports / f'{name}.json', '--cards', tmp_path / 'cards')
+    tokens = [None, 'hf_wrong', 'hf_reader', 'hf_other']
+    code = f"""
+import os
+for token in {tokens!r}:
+    os.environ.pop('HF_TOKEN', None)
+    if token:
+        os.environ['HF_TOKEN'] = token
+    {publish(*arguments).replace(chr(10), '; ', 1)}"""
+    output = python(code, hub, tmp_path / 'a')
+    assert output.count('exit 2') == output.count('error: ') == 4
+    assert not [token for token in tokens if token and token in output]
+    assert not hub.repo_ids()
+    hub.drop_uploads, hub.stale_commits = 1, 1
+    assert 'exit 0' in python(publish(*arguments), hub, tmp_path / 'a', 'hf_owner')
+    assert len([request for request in hub.requests if '/upload/' in request]) == 2, 'the first one broke off'
+    commits = [request for request in hub.requests if '/commit/' in request]
+    assert len(commits) == 2, 'the first was stale, the second stood on what had come in between'
+
+
+def test_what_is_not_to_be_trusted_is_refused(hub, tmp_path, reports):
+    name = 'mnist_cnn.baseline_mnist'
+    arguments = (name, '--report', reports / f'{name}.json', '--cards', tmp_path / 'cards', '--repo')
+    python(publish(*arguments, 'alice/good'), hub, tmp_path / 'a', 'hf_owner')
+    code = """
+from huggingface_hub import CommitOperationAdd, HfApi
+api = HfApi()
+weights = Path(timm_batchout.__file__).parent / 'zoo' / 'weights' / 'mnist_cnn.baseline_mnist.safetensors'
+good = json.loads(Path(CONFIG).read_text())
+evil = {
+    'unknown': {**good, 'architecture': 'os.system'},
+    'elsewhere': {**good, 'pretrained_cfg': {**good['pretrained_cfg'], 'hf_hub_filename': '../../../etc/passwd'}},
+    'code': {**good, 'pretrained_cfg': {**good['pretrained_cfg'], 'custom_load': True, 'file': '/etc/passwd'}},
+    'pickle': good,
+    'swapped': {**good, 'sha256': '0' * 64},
+}
+torch.save({}, 'pickle.bin')
+for repo, config in evil.items():
+    api.create_repo(f'alice/{repo}')
+    file = ('pytorch_model.bin', 'pickle.bin') if repo == 'pickle' else ('model.safetensors', weights)
+    operations = [CommitOperationAdd('config.json', json.dumps(config).encode()), CommitOperationAdd(*file)]
+    api.create_commit(f'alice/{repo}', operations, commit_message='x')
+"""
+    config = tmp_path / 'cards' / 'good' / 'config.json'
+    python(f'import os; os.chdir({str(tmp_path)!r})\nCONFIG={str(config)!r}\n{code}', hub, tmp_path / 'a', 'hf_owner')
+    hub.corrupt = {'model.safetensors'}
+    load = """
+def load(repo):
+    try:
+        timm.create_model(f'hf-hub:alice/{repo}', pretrained=True)
+        print(repo, 'loaded')
+    except Exception as error:
+        print(repo, type(error).__name__, error)
+"""
+    output = python(f'{load}\nload("good")', hub, tmp_path / 'b')
+    assert 'good ValueError' in output and 'deleted from the cache' in output
+    hub.corrupt = set()
+    repos = ['good', 'unknown', 'elsewhere', 'code', 'pickle', 'swapped']
+    output = python(f'{load}\nfor repo in {repos}: load(repo)', hub, tmp_path / 'b')
+    lines = {line.split()[0]: line for line in output.splitlines() if line.split()[0] in repos}
+    assert lines['good'] == 'good loaded', 'the cache was not poisoned'
+    assert 'Unknown model' in lines['unknown']
+    # Neither the other file nor the code is followed: the checked weights are read, and nothing else.
+    assert lines['elsewhere'] == 'elsewhere loaded' and lines['code'] == 'code loaded'
+    assert 'holds no model.safetensors' in lines['pickle']
+    assert 'swapped ValueError' in lines['swapped']
+    assert not [request for request in hub.requests if 'passwd' in request or 'bin' in request.split('/')[-1][-4:]]
+
+
+def test_reports_of_other_weights_are_refused(tmp_path, reports):
+    from timm_batchout.hub.publish import bundled, stage
+
+    file, run = bundled('mnist_cnn.baseline_mnist')
+    report = Report.load(reports / 'mnist_cnn.fgsm_at_mnist.json')
+    with pytest.raises(ValueError, match='not of these weights'):
+        stage('mnist_cnn.baseline_mnist', file, report, run, tmp_path)
+    with pytest.raises(ValueError, match='pickles can run code'):
+        stage('mnist_cnn', tmp_path / 'weights.bin', report, run, tmp_path)
+    with pytest.raises(ValueError, match='no bundled weights'):
+        bundled('mnist_cnn.best')
+    for repo in ('a/b/c', 'no spaces/x', 'alone'):
+        with pytest.raises(ValueError, match=r'[Rr]epo'):
+            stage('mnist_cnn.fgsm_at_mnist', file, report, run, tmp_path, repo)
+    assert not list(tmp_path.iterdir())

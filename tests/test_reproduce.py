@@ -37,6 +37,8 @@ def test_figures_of_the_digits(tmp_path, capsys):
     assert (tmp_path / 'fig2.svg').read_text().count('BatchOut') >= 1
     text = (tmp_path / 'RESULTS.md').read_text()
     assert '| MNIST, FGSM: BatchOut is above the baseline | ' in text and '99.47 | 99.31 | 99.12' in text
+    seeds = json.loads((tmp_path / 'seeds.json').read_text())['MNIST (Fig. 2)']['BatchOut']
+    assert seeds['seeds'] == [0, 1] and len(seeds['accuracy']['FGSM Linf 0.1']['values']) == 2
     weights = {path: path.read_bytes() for path in (tmp_path / 'runs').rglob('*.safetensors')}
 
     # What people wrote stays; finished runs are used again, and another figure joins.

@@ -92,9 +92,10 @@ class ReproduceConfig:
         seeds: One run of every net for each.
         recipes: Folder of the recipes.
         runs: Folder of the training runs. Finished ones are used again, broken-off ones go on.
-        output: Folder for figN.json, figN.svg and RESULTS.md; what stands there of other figures is kept.
+        output: Folder for figN.json, figN.svg, seeds.json and RESULTS.md; what stands there of other figures is kept.
         sweep_epochs: Epochs of the nets of figures 4b, 5a and 5b; 0: as in the recipe.
         quick: One epoch and 200 test images, to see whether everything works.
+        n: Test images for FGSM; 0: all.
         n_deepfool: Test images for DeepFool.
     """
 
@@ -106,6 +107,7 @@ class ReproduceConfig:
     output: str = 'runs/paper'
     sweep_epochs: int = 0
     quick: bool = False
+    n: int = 0
     n_deepfool: int = 1000
 
 
@@ -228,13 +230,13 @@ def run_compare(config: CompareConfig) -> int:
 
 
 def run_reproduce(config: ReproduceConfig) -> int:
-    from timm_batchout.paper.claims import results
+    from timm_batchout.paper.claims import over_seeds, results
     from timm_batchout.paper.draw import draw
     from timm_batchout.paper.figures import FIGURES, Paper
 
     paper = Paper(
         Path(config.recipes), Path(config.runs), config.data, config.seeds, config.sweep_epochs, config.quick,
-        n_deepfool=config.n_deepfool,
+        config.n, config.n_deepfool,
     )  # fmt: skip
     output = Path(config.output)
     for name in FIGURES if config.figure == 'all' else [config.figure]:
@@ -247,6 +249,7 @@ def run_reproduce(config: ReproduceConfig) -> int:
     reports = [Report.load(path) for path in sorted((output / 'reports').glob('*.json'))]
     path = output / 'RESULTS.md'
     reading = path.read_text().partition(READING)[2] if path.is_file() else ''  # what people wrote
+    write_atomically(output / 'seeds.json', json.dumps(over_seeds(figures), indent=1) + '\n')
     write_atomically(path, results(figures, reports) + (READING + reading if reading else ''))
     print(path.read_text())
     return 0

@@ -27,7 +27,9 @@ def python(code, hub, home, token=None, package=PACKAGE, **variables):
         **hub.environment(token, home), 'PYTHONPATH': str(package.parent), 'OMP_NUM_THREADS': '1', **variables,
     }  # fmt: skip
     script = f'import json, sys, timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'
-    done = subprocess.run([sys.executable, '-c', script], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, '-c', script], env=environment, cwd=hub.folder, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -122,7 +124,7 @@ for info in HfApi().list_models(author='timm-batchout'):
     code = f"""
 timm.create_model('batchout_cifar_vgg', pretrained=True)
 timm.create_model('hf-hub:timm-batchout/batchout_mnist_cnn.mnist', pretrained=True)
-import os
+assert str(timm_batchout.__file__).startswith({str(slim)!r})
 try: timm.create_model('mnist_cnn', pretrained=True, cache_dir={str(tmp_path / 'c')!r})
 except ConnectionError as error: print(error)
 """
@@ -203,15 +205,15 @@ evil = {
     'pickle': good,
     'swapped': {**good, 'sha256': '0' * 64},
 }
-torch.save({}, 'pickle.bin')
+torch.save({}, TMP / 'pickle.bin')
 for repo, config in evil.items():
     api.create_repo(f'alice/{repo}')
-    file = ('pytorch_model.bin', 'pickle.bin') if repo == 'pickle' else ('model.safetensors', weights)
+    file = ('pytorch_model.bin', TMP / 'pickle.bin') if repo == 'pickle' else ('model.safetensors', weights)
     operations = [CommitOperationAdd('config.json', json.dumps(config).encode()), CommitOperationAdd(*file)]
     api.create_commit(f'alice/{repo}', operations, commit_message='x')
 """
     config = tmp_path / 'cards' / 'good' / 'config.json'
-    python(f'import os; os.chdir({str(tmp_path)!r})\nCONFIG={str(config)!r}\n{code}', hub, tmp_path / 'a', 'hf_owner')
+    python(f'TMP, CONFIG = Path({str(tmp_path)!r}), {str(config)!r}\n{code}', hub, tmp_path / 'a', 'hf_owner')
     hub.corrupt = {'model.safetensors'}
     load = """
 def load(repo):

@@ -252,19 +252,22 @@ def _training(entry: Entry) -> str:
     if not entry.run:
         return 'The training run was not recorded.'
     recipe = _trimmed(entry.recipe)
-    data = entry.report.data
-    copy = ' **The images are a copy of the data set that went through JPEG compression (quality 75), not the original '
-    copy += 'files: accuracies differ a little from those on the originals.**'
-    metrics = entry.run.get('training', {})
-    seconds = metrics.get('seconds')
-    where = metrics.get('environment', {})
-    took = (
-        f' It took {seconds / 60:.0f} minutes on {where.get("hardware", "?")}, {where.get("cpu_threads", "?")} threads.'
-    )
+    lines = [f'Data: {entry.report.data}.']
+    if 'data' in recipe:
+        share = 1 - recipe['data'].get('val_fraction', 0)
+        lines.append(f'{share:.0%} of its training set; the rest chose hyperparameters, the test set chose nothing.')
+    if 'JPEG' in entry.report.data:
+        lines.append(
+            '**The images are a copy of the data set that went through JPEG compression (quality 75), not the original '
+            'files: accuracies differ a little from those on the originals.**'
+        )
+    lines.append(f'Seed {entry.run.get("seed", 0)}.')
+    training = entry.run.get('training', entry.run)  # of bundled weights, and as a run writes it
+    if 'seconds' in training:
+        where = training['environment']
+        lines.append(f'It took {training["seconds"] / 60:.0f} minutes on {where["hardware"]}.')
     return (
-        f'Data: {data}, {1 - recipe["data"]["val_fraction"]:.0%} of its training set; the rest chose hyperparameters. '
-        f'The test set chose nothing.{copy if "JPEG" in data else ""} Seed {entry.run.get("seed", 0)}.'
-        f'{took if seconds else ""}\n\n'
+        f'{" ".join(lines)}\n\n'
         '```bash\ntimm-batchout train --config recipe.yaml --data.root DATA --output RUN\n```\n\n'
         '<details><summary>recipe.yaml</summary>\n\n'
         f'```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n</details>'

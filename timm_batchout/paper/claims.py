@@ -8,8 +8,9 @@ from typing import Any
 
 from timm_batchout.paper.draw import Values, by_label, curve
 from timm_batchout.robustness import Report, comparison
+from timm_batchout.robustness.report import title
 
-__all__ = ['results']
+__all__ = ['over_seeds', 'results']
 
 Figure = dict[str, Any]
 PAPER = {'2': ('99.47', '99.31', '99.12'), '3': ('80.22', '80.01', '80.79')}  # clean accuracy, sections 6.2 and 6.3
@@ -48,6 +49,31 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = ()) -> str:
     return '\n'.join(lines)
 
 
+def over_seeds(figures: dict[str, Figure]) -> dict[str, Any]:
+    """seeds.json: mean and standard deviation of the accuracy (percent) of every net under every attack."""
+    report: dict[str, Any] = {}
+    for figure in figures.values():
+        for label in dict.fromkeys(net['label'] for net in figure['nets']):
+            nets = [net for net in figure['nets'] if net['label'] == label]
+            columns = zip(*(net['report']['scores'] for net in nets), strict=True)
+            report.setdefault(figure['title'], {})[label] = {
+                'data': nets[0]['data'],
+                'seeds': [net['seed'] for net in nets],
+                'accuracy': {
+                    title(same[0]['attack'], same[0]['variant']): _mean_and_deviation(
+                        [100 * score['accuracy'] for score in same]
+                    )
+                    for same in columns
+                },
+            }
+    return report
+
+
+def _mean_and_deviation(values: Sequence[float]) -> dict[str, Any]:
+    deviation = round(stdev(values), 3) if len(values) > 1 else None
+    return {'mean': round(mean(values), 3), 'std': deviation, 'values': [round(value, 2) for value in values]}
+
+
 def _clean(figures: dict[str, Figure]) -> list[str]:
     lines = ['## Clean accuracy', '', '| | baseline | FGSM adversarial training | BatchOut |', '|---|---|---|---|']
     for name, paper in PAPER.items():
@@ -77,8 +103,8 @@ def _sections(figures: dict[str, Figure]) -> list[str]:
         ]
         clean = by_label(figure, 'clean')
         columns: dict[str, Values] = {'clean': clean}
-        for attack, title in (('fgsm', 'FGSM'), ('deepfool', 'DeepFool')):
-            columns |= {f'{title} {variant}': values for variant, values in curve(figure, attack).items()}
+        for attack, head in (('fgsm', 'FGSM'), ('deepfool', 'DeepFool')):
+            columns |= {f'{head} {variant}': values for variant, values in curve(figure, attack).items()}
         if name == '4a':
             columns = {'training loss': _final_loss(figure), **columns}
         lines += [f'| | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']

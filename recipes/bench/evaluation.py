@@ -1,0 +1,128 @@
+"""What does the harness cost over calling the attack libraries by hand, and what does its DeepFool save?
+
+    python recipes/bench/evaluation.py --root PATH_OF_MNIST
+
+The two sides of each ratio run in turn, on the same net, images and settings, and must agree image by image. Writes
+evaluation.json.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import foolbox
+import timm
+import torch
+from pyautoattack import AutoAttack
+from torch import Tensor
+
+import timm_batchout  # noqa: F401
+from timm_batchout.pixels import PixelModel
+from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.robustness import evaluate
+from timm_batchout.robustness.deepfool import deepfool
+from timm_batchout.training.config import DataConfig
+from timm_batchout.training.data import load_split
+
+MODEL = 'batchout_mnist_cnn.mnist'
+EPSILON = 0.1
+ITERATIONS = 5
+
+
+def in_turn(first: Callable[[], int], second: Callable[[], int], times: int) -> dict[str, Any]:
+    """Median seconds of both, after one run of each that does not count; how many images each leaves right."""
+    right = first(), second()
+    seconds: tuple[list[float], list[float]] = [], []
+    for _ in range(times):
+        for side, run in zip(seconds, (first, second), strict=True):
+            start = time.perf_counter()
+            run()
+            side.append(time.perf_counter() - start)
+    ours, theirs = median(seconds[0]), median(seconds[1])
+    return {'ours_seconds': ours, 'theirs_seconds': theirs, 'ratio': ours / theirs, 'right': right}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', default='mnist')
+    parser.add_argument('--root', default='data/mnist')
+    parser.add_argument('--n', type=int, default=300)
+    parser.add_argument('--times', type=int, default=5)
+    arguments = parser.parse_args()
+    split = load_split(DataConfig(arguments.data, arguments.root), train=False)
+    images, labels = split.images[: arguments.n].float() / 255, split.labels[: arguments.n]
+    model = timm.create_model(MODEL, pretrained=True).eval()
+    model.requires_grad_(False)
+    net = PixelModel(model)
+    target = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
+
+    def left(attacked: Tensor) -> int:
+        """Right before and after, as a user of the libraries would count it."""
+        with torch.no_grad():
+            return int(((net(images).argmax(1) == labels) & (net(attacked).argmax(1) == labels)).sum())
+
+    def harness(attack: str, **settings: Any) -> Callable[[], int]:
+        def run() -> int:
+            report = evaluate(
+                model, images, labels, [attack], [EPSILON], settings={attack: settings}, batch_size=arguments.n
+            )
+            return report.scores[-1].correct
+
+        return run
+
+    def pgd() -> int:
+        torch.manual_seed(0)
+        attack = foolbox.attacks.LinfPGD(steps=20, rel_stepsize=0.125, random_start=True)
+        return left(attack(target, images, labels, epsilons=EPSILON)[1])
+
+    def autoattack() -> int:
+        attack = AutoAttack(net, eps=EPSILON, norm='Linf', seed=0, device='cpu')
+        attack.attacks_to_run = ['apgd-ce']
+        with torch.no_grad():
+            right = (net(images).argmax(1) == labels).nonzero()[:, 0]
+        attacked = images.clone()
+        attacked[right] = attack.run_standard_evaluation(images[right], labels[right], batch_size=len(right))[0]
+        return left(attacked)
+
+    def ours() -> int:
+        return int(deepfool(net, images, labels, ITERATIONS).right[-1].sum())
+
+    def one_run(steps: int) -> int:
+        attack = foolbox.attacks.L2DeepFoolAttack(steps=steps, overshoot=0.02)
+        return left(attack(target, images, labels, epsilons=None)[1])
+
+    def all_runs() -> int:
+        return [one_run(steps) for steps in range(1, ITERATIONS + 1)][-1]
+
+    results = {
+        'harness against foolbox, PGD': in_turn(harness('pgd'), pgd, arguments.times),
+        'harness against pyautoattack, APGD-CE': in_turn(
+            harness('autoattack', stages=['apgd-ce']), autoattack, max(1, arguments.times // 2)
+        ),
+        f'DeepFool, {ITERATIONS} iterations, against one run of foolbox': in_turn(
+            ours, lambda: one_run(ITERATIONS), arguments.times
+        ),
+        f'DeepFool after 1 to {ITERATIONS} iterations, against a run of foolbox for each': in_turn(
+            ours, all_runs, arguments.times
+        ),
+    }
+    for name, result in results.items():
+        assert result['right'][0] == result['right'][1], (name, result)
+        print(f'{name}: {result["ratio"]:.3f} of the time')
+    report = {
+        'model': MODEL,
+        'data': arguments.data,
+        'n': arguments.n,
+        'epsilon': EPSILON,
+        'results': results,
+        'environment': environment(),
+    }
+    write_atomically(Path(__file__).with_suffix('.json'), json.dumps(report, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

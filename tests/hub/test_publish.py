@@ -28,7 +28,7 @@ def python(code, hub, home, token=None, package=PACKAGE, **variables):
     }  # fmt: skip
     script = f'import json, sys, timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'
     done = subprocess.run(
-        [sys.executable, '-c', script], env=environment, cwd=hub.folder, capture_output=True, text=True, timeout=280
+        [sys.executable, '-c', script], env=environment, cwd=hub.folder.parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -173,11 +173,13 @@ def test_pushing_against_the_wind(hub, tmp_path, reports):
     tokens = [None, 'hf_wrong', 'hf_reader', 'hf_other']
     code = f"""
 import os
+from timm_batchout.cli import main
 for token in {tokens!r}:
     os.environ.pop('HF_TOKEN', None)
     if token:
         os.environ['HF_TOKEN'] = token
-    {publish(*arguments).replace(chr(10), '; ', 1)}"""
+    print('exit', main(['publish', *{[str(argument) for argument in arguments]!r}]))
+"""
     output = python(code, hub, tmp_path / 'a')
     assert output.count('exit 2') == output.count('error: ') == 4
     assert not [token for token in tokens if token and token in output]

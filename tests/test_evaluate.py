@@ -164,8 +164,8 @@ main(sys.argv[1:])
 
 def test_killed_and_resumed(tmp_path, capsys):
     command = [
-        'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--n', '20', '--attacks', '[fgsm, pgd]', '--eps',
-        '[0.1, 8/255]', '--batch_size', '5', '--audit', 'false', '--settings', '{pgd: {steps: 3}}', '--device', 'cpu',
+        'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '20', '--attacks', '[fgsm, pgd]',
+        '--eps', '[0.1, 8/255]', '--batch_size', '5', '--audit', 'false', '--settings', '{pgd: {steps: 3}}', '--device', 'cpu',
     ]  # fmt: skip
     assert main([*command, '--output', str(tmp_path / 'whole.json'), '--figure', str(tmp_path / 'curve.svg')]) == 0
     assert 'PGD Linf 8/255' in capsys.readouterr().out
@@ -334,7 +334,7 @@ def test_bad_commands(tmp_path, capsys):
     for arguments, message in (
         (['mnist_cnn', 'cifar_vgg'], 'Name one model, got 2: mnist_cnn cifar_vgg'),
         (['mnist_cnm'], "Did you mean 'mnist_cnn'"),
-        (['mnist_cnn', '--data.name', 'digits', '--n', '9999'], 'n must lie in [1, '),
+        (['mnist_cnn', '--data.name', 'digits', '--images', '9999'], 'images must lie in [1, '),
         (['mnist_cnn', '--attacks', '[fgsn]'], "There is no attack 'fgsn'"),
         (['cifar_vgg', '--data.root', str(tmp_path)], 'mnist is not in'),
         (['mnist_cnn', '--figure', 'curve.svg'], 'name an --output'),

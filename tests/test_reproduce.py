@@ -28,7 +28,7 @@ def reproduce(folder, figure, *arguments):
 
 
 def test_figures_of_the_digits(tmp_path, capsys):
-    assert reproduce(tmp_path, '2', '--seeds', '[0, 1]', '--n_deepfool', '20') == 0
+    assert reproduce(tmp_path, '2', '--seeds', '[0, 1]', '--deepfool_images', '20') == 0
     figure = json.loads((tmp_path / 'fig2.json').read_text())
     assert [(net['label'], net['seed']) for net in figure['nets']] == [
         (label, seed) for label in ('baseline', 'FGSM adversarial training', 'BatchOut') for seed in (0, 1)
@@ -44,7 +44,7 @@ def test_figures_of_the_digits(tmp_path, capsys):
     # What people wrote stays; finished runs are used again, and another figure joins.
     (tmp_path / 'RESULTS.md').write_text(text + '## Reading\n\nmine')
     drawing = (tmp_path / 'fig2.svg').read_bytes()
-    assert reproduce(tmp_path, '2', '--seeds', '[0, 1]', '--n_deepfool', '20') == 0
+    assert reproduce(tmp_path, '2', '--seeds', '[0, 1]', '--deepfool_images', '20') == 0
     assert json.loads((tmp_path / 'fig2.json').read_text())['nets'] == figure['nets']
     assert (tmp_path / 'fig2.svg').read_bytes() == drawing
     assert reproduce(tmp_path, '5b', '--seeds', '[0]') == 0
@@ -68,7 +68,7 @@ def test_every_figure(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new('RGB', (32, 32), (25 * (i % 10), i, 100)).save(path)
     data = f'{{mnist: {{name: digits}}, cifar10: {{name: image_folder, root: {tmp_path / "data"}, val_fraction: 0.3}}}}'
-    assert reproduce(tmp_path, 'all', '--seeds', '[0]', '--data', data, '--n_deepfool', '10') == 0
+    assert reproduce(tmp_path, 'all', '--seeds', '[0]', '--data', data, '--deepfool_images', '10') == 0
     assert sorted(path.stem for path in tmp_path.glob('*.svg')) == [f'fig{name}' for name in sorted(FIGURES)]
     text = (tmp_path / 'RESULTS.md').read_text()
     assert all(figure.title in text for figure in FIGURES.values())

@@ -34,7 +34,7 @@ class EvaluateConfig:
         checkpoint: Score this .safetensors file instead of the pretrained weights.
         model_args: Keyword arguments for ``timm.create_model``.
         data: The test set.
-        n: Its first images; 0: all of it.
+        images: How many of its first images; 0: all of it.
         attacks: fgsm, pgd, pgd_l2, deepfool, ddn, autoattack, autoattack_l2, transfer, noise, corruptions.
         eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
         eps_l2: L2 radii in [0, 1] pixels.
@@ -53,7 +53,7 @@ class EvaluateConfig:
     checkpoint: str = ''
     model_args: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
-    n: int = 0
+    images: int = 0
     attacks: list[str] = field(default_factory=lambda: ['fgsm'])
     eps: list[float | str] = field(default_factory=lambda: ['8/255'])
     eps_l2: list[float | str] = field(default_factory=lambda: ['0.5'])
@@ -95,8 +95,8 @@ class ReproduceConfig:
         output: Folder for figN.json, figN.svg, seeds.json and RESULTS.md; what stands there of other figures is kept.
         sweep_epochs: Epochs of the nets of figures 4b, 5a and 5b; 0: as in the recipe.
         quick: One epoch and 200 test images, to see whether everything works.
-        n: Test images for FGSM; 0: all.
-        n_deepfool: Test images for DeepFool.
+        images: Test images for FGSM; 0: all.
+        deepfool_images: Test images for DeepFool.
     """
 
     figure: Literal['2', '3', '4a', '4b', '5a', '5b', 'all']
@@ -107,8 +107,8 @@ class ReproduceConfig:
     output: str = 'runs/paper'
     sweep_epochs: int = 0
     quick: bool = False
-    n: int = 0
-    n_deepfool: int = 1000
+    images: int = 0
+    deepfool_images: int = 1000
 
 
 @dataclass
@@ -182,9 +182,9 @@ def run_evaluate(config: EvaluateConfig) -> int:
         raise ValueError('A figure is drawn from a report: name an --output as well.')
     model = _load(config.model, config.checkpoint, config.model_args)
     split = load_split(config.data, train=False)
-    n = config.n or len(split)
+    n = config.images or len(split)
     if not 0 < n <= len(split):
-        raise ValueError(f'n must lie in [1, {len(split)}], the images of the test set, got {config.n}.')
+        raise ValueError(f'images must lie in [1, {len(split)}], the size of the test set, got {config.images}.')
     chunks = Path(f'{config.output}.chunks') if config.output else None
     state = _processes()
     if chunks and not config.resume and state.is_main_process:
@@ -236,7 +236,7 @@ def run_reproduce(config: ReproduceConfig) -> int:
 
     paper = Paper(
         Path(config.recipes), Path(config.runs), config.data, config.seeds, config.sweep_epochs, config.quick,
-        config.n, config.n_deepfool,
+        config.images, config.deepfool_images,
     )  # fmt: skip
     output = Path(config.output)
     for name in FIGURES if config.figure == 'all' else [config.figure]:

@@ -165,7 +165,8 @@ main(sys.argv[1:])
 def test_killed_and_resumed(tmp_path, capsys):
     command = [
         'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '20', '--attacks', '[fgsm, pgd]',
-        '--eps', '[0.1, 8/255]', '--batch_size', '5', '--audit', 'false', '--settings', '{pgd: {steps: 3}}', '--device', 'cpu',
+        '--eps', '[0.1, 8/255]', '--batch_size', '5', '--audit', 'false', '--settings', '{pgd: {steps: 3}}',
+        '--device', 'cpu',
     ]  # fmt: skip
     assert main([*command, '--output', str(tmp_path / 'whole.json'), '--figure', str(tmp_path / 'curve.svg')]) == 0
     assert 'PGD Linf 8/255' in capsys.readouterr().out

@@ -185,8 +185,8 @@ def test_what_needs_a_gpu_says_so(tmp_path, monkeypatch, capsys, variable, flags
 def test_two_processes_evaluate_to_the_report_of_one(tmp_path):
     command = [
         'timm_batchout.cli', 'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '20',
-        '--batch_size', '5', '--attacks', '[fgsm, pgd, ddn]', '--eps', '[0.1]', '--settings', '{pgd: {steps: 3}, ddn: {steps: 5}}',
-        '--output', str(tmp_path / 'report.json'),
+        '--batch_size', '5', '--attacks', '[fgsm, pgd, ddn]', '--eps', '[0.1]',
+        '--settings', '{pgd: {steps: 3}, ddn: {steps: 5}}', '--output', str(tmp_path / 'report.json'),
     ]  # fmt: skip
     reports = []
     for launcher in ([sys.executable, '-m'], [*LAUNCH, str(CONFIGS / 'two_cpu_processes.yaml'), '-m']):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import timm_batchout  # noqa: F401
-from timm_batchout.cli import main
+from timm_batchout.cli import main, parse
+from timm_batchout.commands import EvaluateConfig
 from timm_batchout.pixels import PixelModel
 from timm_batchout.robustness import Report, comparison, evaluate
 from timm_batchout.robustness.audit import measure, suspicions
@@ -391,3 +393,11 @@ def test_wilson():
     """Values of the R package binom."""
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+@pytest.mark.parametrize('data', ['mnist', 'cifar10'])
+def test_evaluation_recipes_are_valid(data):
+    recipe = Path(__file__).parents[1] / 'recipes' / 'paper' / f'evaluate_{data}.yaml'
+    config = parse(EvaluateConfig, ['cifar_vgg', '--config', str(recipe), '--output', 'x'])
+    assert set(config.settings) <= set(config.attacks)
+    assert config.data.name == data

@@ -251,11 +251,12 @@ def test_scriptable_leaves_batchout_out(caplog):
 # Options
 
 
-def test_default_eta_shares_the_total_of_the_papers_net():
+def test_default_eta_totals_twice_the_papers_net():
     for arch, count in (('resnet18', 17), ('resnet50', 49)):
         layers = batchout_sites(twin(arch)).values()
         assert len(layers) == count
-        assert sum(layer.eta[1] ** 2 for layer in layers) == pytest.approx(4 * 0.1**2 + 3 * 0.15**2)
+        root_sum_square = sum(layer.eta[1] ** 2 for layer in layers) ** 0.5
+        assert root_sum_square == pytest.approx(2 * (4 * 0.1**2 + 3 * 0.15**2) ** 0.5)
         assert {layer.eta for layer in layers} == {depth_scaled_eta(count)}
     assert {layer.eta for layer in batchout_sites(twin(eta=0.2)).values()} == {0.2}
 

@@ -25,11 +25,13 @@ def check_weights(file: str | None) -> None:
     """Raise unless ``file``, where it is one of the bundled weights files, is the one that its JSON describes.
 
     Raises:
-        ValueError: An altered weights file.
+        ValueError: An altered or missing weights file.
     """
     if file is None or Path(file).parent != FOLDER:
         return
     path = Path(file)
+    if not path.is_file():
+        raise ValueError(f'{path.name} is missing. Reinstall timm-batchout.')
     expected = json.loads(path.with_suffix('.json').read_text())['sha256']
     actual = hashlib.sha256(path.read_bytes()).hexdigest()
     if actual != expected:

@@ -123,8 +123,21 @@ def test_a_report_of_everything(net, digits, tmp_path):
     assert Report.load(tmp_path / 'report.json') == report
     saved = json.loads((tmp_path / 'report.json').read_text())
     assert saved['settings']['pgd'] == {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
-    assert saved['indices'] == 'the first 60' and len(saved['weights_sha256']) == 64
+    assert saved['indices'] == 'the first n of torch.randperm(60), seed 0'
+    assert len(saved['weights_sha256']) == 64
     assert f'| clean | {100 * right / 60:.2f} (' in report.table()
+
+
+def test_parts_of_a_sorted_data_set_are_fair_samples(net, digits):
+    """Image folders are sorted by class: the first n of one are all of one class."""
+    order = digits[1].argsort()
+    images, labels = digits[0][order], digits[1][order]
+    report = evaluate(net, images, labels, ['noise'], ['0'], settings={'noise': {'n': 20}}, n=40, seed=3)
+    drawn = torch.randperm(60, generator=torch.Generator().manual_seed(3))  # as the report says
+    right = net.eval()(pixels(images)).argmax(1) == labels
+    assert report.score('clean').correct == right[drawn[:40]].sum() != right[:40].sum()
+    assert report.score('noise', '0').correct == right[drawn[:20]].sum() != right[:20].sum()
+    assert report.n == 40 and report.indices == 'the first n of torch.randperm(60), seed 3'
 
 
 def without_time(report):
@@ -317,6 +330,8 @@ class Tuple(nn.Module):
         ({'attacks': ['pgd'], 'settings': {'pgd': {'stpes': 3}}}, "no setting 'stpes'"),
         ({'images': torch.full((2, 1, 28, 28), 1.5)}, r'Images must lie in \[0, 1\]'),
         ({'images': torch.full((2, 1, 28, 28), math.nan)}, r'Images must lie in \[0, 1\]'),
+        ({'n': 3}, r'n must lie in \[1, 2\]'),
+        ({'n': -1}, r'n must lie in \[1, 2\]'),
         ({'images': torch.zeros(0, 1, 28, 28), 'labels': torch.zeros(0)}, 'no images'),
         ({'labels': torch.tensor([0])}, '2 images, 1 labels'),
         ({'labels': torch.tensor([0, 10])}, r'Labels must lie in \[0, 10\)'),
@@ -382,7 +397,7 @@ def test_attacks_with_images_and_radii_of_their_own(net, digits):
         ('clean', ''): 60, ('fgsm', '0.05'): 60, ('fgsm', '0.2'): 60, ('pgd', '0.1'): 7, ('ddn', '1'): 5,
         ('ddn', 'any distance'): 5,
     }  # fmt: skip
-    alone = evaluate(net, digits[0][:7], digits[1][:7], ['pgd'], ['0.1'], settings={'pgd': {'steps': 3}}, batch_size=4)
+    alone = evaluate(net, *digits, ['pgd'], ['0.1'], n=7, settings={'pgd': {'steps': 3}}, batch_size=4)
     assert alone.score('pgd', '0.1') == report.score('pgd', '0.1')
     for wrong in (0, 61):
         with pytest.raises(ValueError, match=f'n of pgd must lie in .1, 60., the images, got {wrong}'):

@@ -34,7 +34,7 @@ class EvaluateConfig:
         checkpoint: Score this .safetensors file instead of the pretrained weights.
         model_args: Keyword arguments for ``timm.create_model``.
         data: The test set.
-        images: How many of its first images; 0: all of it.
+        images: How many of its images, drawn by the seed; 0: all of it.
         attacks: fgsm, pgd, pgd_l2, deepfool, ddn, autoattack, autoattack_l2, transfer, noise, corruptions.
         eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
         eps_l2: L2 radii in [0, 1] pixels.
@@ -42,7 +42,7 @@ class EvaluateConfig:
         transfer_from: The model whose adversarial images 'transfer' takes.
         audit: Check for gradient masking.
         batch_size: Images at a time.
-        seed: Of the attacks.
+        seed: Of the draw and of the attacks.
         device: Where to compute; empty: a GPU if there is one.
         output: Write the report to this JSON file.
         figure: Draw accuracy over the radius to this file (.svg, .png).
@@ -182,9 +182,8 @@ def run_evaluate(config: EvaluateConfig) -> int:
         raise ValueError('A figure is drawn from a report: name an --output as well.')
     model = _load(config.model, config.checkpoint, config.model_args)
     split = load_split(config.data, train=False)
-    n = config.images or len(split)
-    if not 0 < n <= len(split):
-        raise ValueError(f'images must lie in [1, {len(split)}], the size of the test set, got {config.images}.')
+    if not 0 <= config.images <= len(split):
+        raise ValueError(f'images must lie in [1, {len(split)}], the test set, or be 0 for all; got {config.images}.')
     chunks = Path(f'{config.output}.chunks') if config.output else None
     state = _processes()
     if chunks and not config.resume and state.is_main_process:
@@ -193,13 +192,14 @@ def run_evaluate(config: EvaluateConfig) -> int:
     device = config.device or str(state.device)
     report = evaluate(
         model.to(device),
-        split.images[:n].to(device),
-        split.labels[:n].to(device),
+        split.images.to(device),
+        split.labels.to(device),
         config.attacks,
         config.eps,
         config.eps_l2,
         settings=config.settings,
         transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
+        n=config.images,
         audit=config.audit,
         batch_size=config.batch_size,
         seed=config.seed,

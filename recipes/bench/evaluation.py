@@ -54,7 +54,9 @@ def main() -> None:
     parser.add_argument('--times', type=int, default=5)
     arguments = parser.parse_args()
     split = load_split(DataConfig(arguments.data, arguments.root), train=False)
-    images, labels = split.images[: arguments.n].float() / 255, split.labels[: arguments.n]
+    given, truth = split.images[: arguments.n].float() / 255, split.labels[: arguments.n]
+    order = torch.randperm(arguments.n, generator=torch.Generator().manual_seed(0))  # which evaluate takes them in
+    images, labels = given[order], truth[order]
     model = timm.create_model(MODEL, pretrained=True).eval()
     model.requires_grad_(False)
     net = PixelModel(model)
@@ -68,7 +70,7 @@ def main() -> None:
     def harness(attack: str, **settings: Any) -> Callable[[], int]:
         def run() -> int:
             report = evaluate(
-                model, images, labels, [attack], [EPSILON], settings={attack: settings}, batch_size=arguments.n
+                model, given, truth, [attack], [EPSILON], settings={attack: settings}, batch_size=arguments.n
             )
             return report.scores[-1].correct
 

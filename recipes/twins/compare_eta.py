@@ -81,6 +81,8 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
             )
         )
     result = json.loads((output / 'result.json').read_text())
+    # Image folders are sorted by class: the first images of one would all be of one class.
+    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:DEEPFOOL_IMAGES]
     model = timm.create_model(name, checkpoint_path=str(output / 'model.safetensors'), **model_args)
     record = {
         'net': net,
@@ -90,7 +92,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'sites': len(batchout_sites(model)),
         'train_loss': result['metrics']['train_loss'],
         'test': fgsm_scores(model, test.images, test.labels, EPSILONS),
-        'deepfool': median_distance(model, test.images[:DEEPFOOL_IMAGES], test.labels[:DEEPFOOL_IMAGES]),
+        'deepfool': median_distance(model, test.images[some], test.labels[some]),
         'recipe': result['recipe'],
         'environment': environment(),
     }
@@ -128,7 +130,7 @@ def write_up(report: dict[str, Any]) -> str:
         f'{report["data"]}, {recipe["epochs"]} epochs on {1 - recipe["data"]["val_fraction"]:.0%} of the training set, '
         f'{recipe["optimizer"]["name"]} '
         f'{recipe["optimizer"]["lr"]:g}, batch {recipe["batch_size"]}; {n} test images, so 95% intervals of '
-        f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance of those of the first '
+        f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance of those of '
         f'{first["deepfool"]["n"]} test images that are classified right, {first["deepfool"]["steps"]} steps. Short '
         'runs on a CPU: they rank choices, and say little about what long training reaches.',
         '',

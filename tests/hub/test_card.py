@@ -36,7 +36,8 @@ def report(model='net', clean=80, masked=False):
         'verdict': 'LIKELY: 3% of the images have zero gradients.' if masked else 'no sign of it.',
     }  # fmt: skip
     return Report(
-        model=model, data='CIFAR-10 (JPEG q75 copy)', n=100, indices=list(range(100)), batch_size=50, seed=0,
+        model=model, data='CIFAR-10 (JPEG q75 copy)', n=100, batch_size=50, seed=0,
+        indices='the first n of torch.randperm(100), seed 0',
         weights_sha256='0' * 64, preprocessing={'mean': [0.0], 'std': [1.0], 'input_size': [3, 32, 32]},
         settings={'pgd': {'steps': 20}}, scores=scores, audit=audit, environment={'torch': '2.15'},
     )  # fmt: skip

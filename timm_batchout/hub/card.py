@@ -196,8 +196,8 @@ def _robustness(entry: Entry) -> str:
     else:
         lines += [report.table(), '']
     lines.append(
-        f'An image counts as right if it is right before the attack and after it. The images are the first of the test '
-        f'set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '
+        'An image counts as right if it is right before the attack and after it. The images are drawn at random from '
+        f'the test set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '
         f'either side for the smallest n here. Radii and distances are in [0, 1] pixels. '
         'Bold: the better one, where gradients can be trusted.'
     )

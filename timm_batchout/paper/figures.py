@@ -202,11 +202,12 @@ class Paper:
         if not path.is_file():
             report = evaluate(
                 model,
-                split.images[:n],
-                split.labels[:n],
+                split.images,
+                split.labels,
                 attacks,
                 figure.eps,
                 settings=settings,
+                n=n,
                 name=config.model,
                 data=data_label(config.data),
                 chunks=path.with_suffix('.chunks'),

@@ -24,6 +24,8 @@ __all__ = ['evaluate', 'weights_sha256']
 AUDIT_IMAGES = 200
 OF_EVERY_ATTACK = ('n', 'eps')  # settings
 
+Plan = tuple[int, dict[str, float]]  # how many images an attack is run on, and its radii
+
 
 def evaluate(
     model: nn.Module,
@@ -35,12 +37,12 @@ def evaluate(
     *,
     settings: dict[str, dict[str, Any]] | None = None,
     transfer_from: nn.Module | None = None,
+    n: int = 0,
     audit: bool = False,
     batch_size: int = 100,
     seed: int = 0,
     name: str = '',
     data: str = '',
-    indices: Sequence[int] | None = None,
     chunks: Path | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -61,13 +63,13 @@ def evaluate(
         eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
         eps_l2: L2 radii in [0, 1] pixels.
         settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``; for every attack also ``n``,
-            to attack the first n images only, and ``eps``, for radii of its own.
+            to attack so many of the drawn images only, and ``eps``, for radii of its own.
         transfer_from: The model that 'transfer' crafts its images on.
+        n: How many images, drawn at random: data sets sorted by class are common; 0: all.
         audit: Check for gradient masking, and mark what it spoils.
         batch_size: Images per chunk.
-        seed: Of the attacks.
+        seed: Of the draw and of the attacks.
         name, data: For the report.
-        indices: Which images of the data set these are; None: the first ones.
         chunks: Folder where chunks are kept until the report stands; None: in memory only.
         rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
         wait: Returns when all processes have come to it.
@@ -77,7 +79,8 @@ def evaluate(
         The report; on all processes the same.
 
     Raises:
-        ValueError: An unknown attack or setting, a package that is missing, a radius outside [0, 1] (L2: below 0),
+        ValueError: An unknown attack or setting, a package that is missing, a radius outside [0, 1] (L2: below 0), n
+            outside the images,
             images outside [0, 1], labels outside the classes, fewer than two classes, logits that are no numbers, an
             output that is no tensor. Before the first attack.
     """
@@ -91,22 +94,22 @@ def evaluate(
     pixel_model = PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
     try:
         check_input(pixel_model, images, labels)
-        plans = {
-            'clean': (len(images), {}),
-            **{name: _plan(name, options[name], radii, len(images)) for name in attacks},
-        }
+        total = len(images)
+        images, labels = _draw(images, labels, n, seed)
+        plans: dict[str, Plan] = {'clean': (len(images), {})}
+        plans |= {attack: _plan(attack, options[attack], radii, len(images)) for attack in attacks}
         sha256 = weights_sha256(model)
         stated = {name: {k: v for k, v in options[name].items() if k != 'source'} for name in attacks}
         if transfer_from is not None and 'transfer' in stated:
             stated['transfer']['source_sha256'] = weights_sha256(transfer_from)
         key = [sha256, _hash_tensors(images, labels), stated, plans, batch_size, seed]
         store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
-        jobs = [(attack, start) for attack, (n, _) in plans.items() for start in range(0, n, batch_size)]
+        jobs = [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
         done: dict[tuple[str, int], dict] = {}
         with frozen(pixel_model):
             for attack, start in _bar(jobs[rank::world_size], progress and rank == 0):
-                n, eps_of = plans[attack]
-                part = slice(start, min(start + batch_size, n))
+                size, eps_of = plans[attack]
+                part = slice(start, min(start + batch_size, size))
                 x, y = _pixels(images, part), labels[part]
                 done[attack, start] = _saved(
                     _path(store, attack, start),
@@ -116,10 +119,10 @@ def evaluate(
             for attack, start in jobs:
                 if (attack, start) not in done:
                     done[attack, start] = _read(store, attack, start)
-            size = slice(0, AUDIT_IMAGES)
+            some = slice(0, AUDIT_IMAGES)
             radius = max((r for a in attacks if ATTACKS[a].norm == 'Linf' for r in plans[a][1].values()), default=0)
             radius = radius or 8 / 255
-            measured = measure(pixel_model, _pixels(images, size), labels[size], radius, seed=seed) if audit else {}
+            measured = measure(pixel_model, _pixels(images, some), labels[some], radius, seed=seed) if audit else {}
     finally:
         model.train(was_training)
     scores = [
@@ -138,7 +141,7 @@ def evaluate(
         model=name or type(model).__name__,
         data=data,
         n=len(images),
-        indices=list(range(len(images))) if indices is None else list(indices),
+        indices=f'the first n of torch.randperm({total}), seed {seed}',
         batch_size=batch_size,
         seed=seed,
         weights_sha256=sha256,
@@ -153,6 +156,14 @@ def evaluate(
         environment=environment(images.device),
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def _draw(images: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n images in random order, so that any first part of them is a fair sample."""
+    if not 0 <= n <= len(images):
+        raise ValueError(f'n must lie in [1, {len(images)}], the images, or be 0 for all; got {n}.')
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: n or None]
+    return images[order.to(images.device)], labels[order.to(labels.device)]
 
 
 def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
@@ -205,10 +216,7 @@ def _options(
     return options
 
 
-def _plan(
-    attack: str, options: dict[str, Any], radii: dict[str, dict[str, float]], images: int
-) -> tuple[int, dict[str, float]]:
-    """How many images an attack is run on, and its radii."""
+def _plan(attack: str, options: dict[str, Any], radii: dict[str, dict[str, float]], images: int) -> Plan:
     n = options.get('n', images)
     if not 0 < n <= images:
         raise ValueError(f'n of {attack} must lie in [1, {images}], the images, got {n}.')

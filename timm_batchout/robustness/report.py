@@ -67,9 +67,9 @@ class Report:
         model: Name or description.
         data: Name of the data.
         n: Images.
-        indices: Which of the test set.
+        indices: Which of the data set; attacks that were run on fewer took the first of these.
         batch_size: Of the chunks; attacks depend on it (random draws, and AutoAttack throughout).
-        seed: Of all attacks.
+        seed: Of the draw of images, and of all attacks.
         weights_sha256: Of the state_dict, keys and bytes.
         preprocessing: ``mean`` and ``std`` inside the model; its input size.
         settings: Of each attack.
@@ -82,7 +82,7 @@ class Report:
     model: str
     data: str
     n: int
-    indices: list[int]
+    indices: str
     batch_size: int
     seed: int
     weights_sha256: str
@@ -105,17 +105,13 @@ class Report:
         for entry, score in zip(report['scores'], self.scores, strict=True):
             entry['accuracy'] = score.accuracy
             entry['interval95'] = [round(edge, 5) for edge in score.interval]
-        if self.indices == list(range(self.n)):
-            report['indices'] = f'the first {self.n}'
         return report
 
     @classmethod
     def from_dict(cls, report: dict[str, Any]) -> 'Report':
         names = Score.__dataclass_fields__
         scores = [Score(**{name: entry[name] for name in names}) for entry in report['scores']]
-        indices = report['indices']
-        indices = list(range(report['n'])) if isinstance(indices, str) else indices
-        return cls(**{**report, 'scores': scores, 'indices': indices})
+        return cls(**{**report, 'scores': scores})
 
     def save(self, path: str | Path) -> None:
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + '\n')
@@ -149,7 +145,7 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
     Raises:
         ValueError: The reports are of different data or images.
     """
-    if len({(report.data, tuple(report.indices)) for report in reports}) != 1:
+    if len({(report.data, report.indices, report.n) for report in reports}) != 1:
         raise ValueError('The reports are of different images: they cannot stand in one table.')
     rows = [
         f'| {reports[0].data}, accuracy % | n | {" | ".join(names or [report.model for report in reports])} |',

@@ -188,7 +188,7 @@ def main() -> None:
     text = write_up(report)
     path = HERE / 'RESULTS.md'
     conclusion = path.read_text().partition('## Conclusion')[2] if path.is_file() else ''
-    write_atomically(path, text + ('## Conclusion' + conclusion if conclusion else ''))
+    write_atomically(path, text + ('\n## Conclusion' + conclusion if conclusion else ''))
 
 
 if __name__ == '__main__':

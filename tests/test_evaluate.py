@@ -80,15 +80,15 @@ def test_fgsm_is_foolboxes_to_the_last_bit(net, digits):
         assert torch.equal(fgsm(net, images, labels, epsilon), theirs)
 
 
-@pytest.mark.parametrize('classes', [2, 3, 10])
-def test_deepfool_is_foolboxes_to_the_sample(digits, classes):
+@pytest.mark.parametrize(('classes', 'clip'), [(2, True), (3, True), (10, True), (10, False)])
+def test_deepfool_is_foolboxes_to_the_sample(digits, classes, clip):
     torch.manual_seed(classes)
     net = nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1152, classes)).eval()
     images = pixels(digits[0])
     labels = net(images).argmax(1)
     labels[:5] = (labels[:5] + 1) % classes  # wrong from the start
-    target = foolbox.PyTorchModel(net, bounds=(0, 1), device='cpu')
-    ours = deepfool(net, images, labels, iterations=4)
+    target = foolbox.PyTorchModel(net, bounds=(0, 1) if clip else (-100, 100), device='cpu')
+    ours = deepfool(net, images, labels, iterations=4, clip=clip)
     for i in range(1, 5):
         attack = foolbox.attacks.L2DeepFoolAttack(steps=i, overshoot=0.02)
         _, theirs, _ = attack(target, images, labels, epsilons=None)

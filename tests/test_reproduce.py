@@ -33,7 +33,7 @@ def test_figures_of_the_digits(tmp_path, capsys):
     assert [(net['label'], net['seed']) for net in figure['nets']] == [
         (label, seed) for label in ('baseline', 'FGSM adversarial training', 'BatchOut') for seed in (0, 1)
     ]
-    assert {len(net['report']['scores']) for net in figure['nets']} == {1 + 5 + 5}
+    assert {len(net['report']['scores']) for net in figure['nets']} == {1 + 5 + 5 + 5}
     assert (tmp_path / 'fig2.svg').read_text().count('BatchOut') >= 1
     text = (tmp_path / 'RESULTS.md').read_text()
     assert '| MNIST, FGSM: BatchOut is above the baseline | ' in text and '99.47 | 99.31 | 99.12' in text

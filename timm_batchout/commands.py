@@ -35,7 +35,8 @@ class EvaluateConfig:
         model_args: Keyword arguments for ``timm.create_model``.
         data: The test set.
         images: How many of its images, drawn by the seed; 0: all of it.
-        attacks: fgsm, pgd, pgd_l2, deepfool, ddn, autoattack, autoattack_l2, transfer, noise, corruptions.
+        attacks: fgsm, pgd, pgd_l2, deepfool, deepfool_unclipped, ddn, autoattack, autoattack_l2, transfer, noise,
+            corruptions.
         eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
         eps_l2: L2 radii in [0, 1] pixels.
         settings: Of the attacks, in place of their defaults: '{pgd: {steps: 100}}'.

@@ -53,7 +53,7 @@ class Entry:
     @property
     def has_curves(self) -> bool:
         """An attack was run at two radii (or iterations) or more: a curve can be drawn."""
-        drawn = [s.attack for s in self.report.scores if s.radius is not None or s.attack == 'deepfool']
+        drawn = [s.attack for s in self.report.scores if s.radius is not None or s.attack.startswith('deepfool')]
         return any(count > 1 for count in Counter(drawn).values())
 
     @property
@@ -152,7 +152,7 @@ def eval_results(report: Report) -> list[EvalResult]:
 
 
 def _headline(score: Score) -> bool:
-    if score.attack == 'deepfool':
+    if score.attack.startswith('deepfool'):
         return score.variant == '5 iterations'
     return score.attack == 'clean' or (
         score.attack in ('fgsm', 'pgd', 'autoattack', 'autoattack_l2') and score.radius is not None

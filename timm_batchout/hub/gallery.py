@@ -30,7 +30,7 @@ def _columns(reports: list[Report]) -> list[tuple[str, str]]:
     """Clean first, then attacks by radius; without the stages and iterations in between."""
     keys: dict[tuple[str, str], None] = {}
     for score in (score for report in reports for score in report.scores):
-        last = (score.attack, score.variant) == ('deepfool', '5 iterations')
+        last = score.attack.startswith('deepfool') and score.variant == '5 iterations'
         if score.attack == 'clean' or score.radius is not None or last:
             keys[score.key] = None
     return list(keys)

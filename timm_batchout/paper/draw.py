@@ -8,6 +8,7 @@ from typing import Any
 __all__ = ['by_label', 'curve', 'draw']
 
 Values = dict[str, list[float]]  # label of a net -> one value per seed
+Panel = Callable[[Any, dict[str, Any]], None]
 
 
 def by_label(figure: dict[str, Any], attack: str, variant: str = '') -> Values:
@@ -60,11 +61,14 @@ def _over_epsilon(ax: Any, figure: dict[str, Any]) -> None:
     ax.set(xlabel='FGSM, epsilon in [0, 1] pixels', ylabel='accuracy, %', ylim=(0, 100))
 
 
-def _over_iterations(ax: Any, figure: dict[str, Any]) -> None:
-    attacked = curve(figure, 'deepfool')
-    for label in by_label(figure, 'clean'):
-        _band(ax, [name.split()[0] for name in attacked], [values[label] for values in attacked.values()], label)
-    ax.set(xlabel='DeepFool, iterations', ylabel='accuracy, %', ylim=(0, 100))
+def _over_iterations(attack: str, name: str) -> Panel:
+    def panel(ax: Any, figure: dict[str, Any]) -> None:
+        attacked = curve(figure, attack)
+        for label in by_label(figure, 'clean'):
+            _band(ax, [name.split()[0] for name in attacked], [values[label] for values in attacked.values()], label)
+        ax.set(xlabel=f'{name}, iterations', ylabel='accuracy, %', ylim=(0, 100))
+
+    return panel
 
 
 def _loss(ax: Any, figure: dict[str, Any]) -> None:
@@ -90,9 +94,14 @@ def _columns(values: Values) -> tuple[list[str], list[list[float]]]:
     return list(values), list(values.values())
 
 
-PANELS: dict[str, tuple[Callable[[Any, dict[str, Any]], None], ...]] = {
-    '2': (_over_epsilon, _over_iterations),
-    '3': (_over_epsilon, _over_iterations),
+OF_THREE_NETS = (
+    _over_epsilon,
+    _over_iterations('deepfool', 'DeepFool, clipped to [0, 1]'),
+    _over_iterations('deepfool_unclipped', 'DeepFool, not clipped'),
+)
+PANELS: dict[str, tuple[Panel, ...]] = {
+    '2': OF_THREE_NETS,
+    '3': OF_THREE_NETS,
     '4a': (_loss,),
     '4b': (_over_nets,),
     '5a': (_over_nets,),

@@ -36,7 +36,7 @@ class Figure:
         title: What it is about, and where the paper has it.
         nets: In the order in which they are drawn.
         eps: Radii of FGSM, in [0, 1] pixels.
-        deepfool: DeepFool after 1 to 5 iterations, too.
+        deepfool: DeepFool after 1 to 5 iterations, too, its iterates clipped to [0, 1] or not (the paper does not say).
         sweep: It compares settings of the method; these nets may be trained for fewer epochs.
     """
 
@@ -192,12 +192,13 @@ class Paper:
         """FGSM and DeepFool on a trained net, kept beside it."""
         split = self._test(config.data)
         n = min(self.n or len(split), 200 if self.quick else len(split))
-        settings = {'deepfool': {'n': min(self.n_deepfool, n)}} if figure.deepfool else {}
+        n_deepfool = min(self.n_deepfool, n)
+        settings = {name: {'n': n_deepfool} for name in ('deepfool', 'deepfool_unclipped') if figure.deepfool}
         attacks = [*(['fgsm'] if figure.eps else []), *settings]
         model = timm.create_model(
             config.model, checkpoint_path=f'{config.output}/model.safetensors', **config.model_args
         )
-        wanted = [*figure.eps, *settings.get('deepfool', {}).values(), n]
+        wanted = [*figure.eps, *([n_deepfool] if figure.deepfool else []), n]
         path = Path(config.output) / f'report-{"-".join(str(x).replace("/", "of") for x in wanted)}.json'
         if not path.is_file():
             report = evaluate(

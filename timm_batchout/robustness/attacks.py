@@ -131,16 +131,19 @@ def _transfer(
     return outcome
 
 
-def _deepfool(
-    model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, iterations: int, overshoot: float
-) -> Outcome:
-    before = _right(model, images, labels)
-    found = deepfool(model, images, labels, iterations, overshoot)
-    outcome = Outcome()
-    for i, (right, distance) in enumerate(zip(found.right, found.distance, strict=True), 1):
-        outcome.right[f'{i} iterations'] = before & right
-        outcome.distance[f'{i} iterations'] = torch.where(right, torch.inf, distance).where(before, 0.0)
-    return outcome
+def _deepfool(clip: bool) -> Run:
+    def run(
+        model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, iterations: int, overshoot: float
+    ) -> Outcome:
+        before = _right(model, images, labels)
+        found = deepfool(model, images, labels, iterations, overshoot, clip=clip)
+        outcome = Outcome()
+        for i, (right, distance) in enumerate(zip(found.right, found.distance, strict=True), 1):
+            outcome.right[f'{i} iterations'] = before & right
+            outcome.distance[f'{i} iterations'] = torch.where(right, torch.inf, distance).where(before, 0.0)
+        return outcome
+
+    return run
 
 
 def _ddn(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, steps: int) -> Outcome:
@@ -230,12 +233,14 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
+DEEPFOOL = {'iterations': 5, 'overshoot': 0.02}
 STANDARD = {'stages': ['apgd-ce', 'apgd-t', 'fab-t', 'square']}  # AutoAttack's
 ATTACKS: dict[str, Attack] = {
     'fgsm': Attack('FGSM', 'Linf', _fgsm),
     'pgd': Attack('PGD', 'Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
     'pgd_l2': Attack('PGD', 'L2', _foolbox('L2PGD'), PGD, 'foolbox'),
-    'deepfool': Attack('DeepFool', 'L2', _deepfool, {'iterations': 5, 'overshoot': 0.02}, loss='margin'),
+    'deepfool': Attack('DeepFool', 'L2', _deepfool(clip=True), DEEPFOOL, loss='margin'),
+    'deepfool_unclipped': Attack('DeepFool unclipped', 'L2', _deepfool(clip=False), DEEPFOOL, loss='margin'),
     'ddn': Attack('DDN', 'L2', _ddn, {'steps': 100}, 'foolbox'),
     'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), STANDARD, 'pyautoattack', loss=''),
     'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), STANDARD, 'pyautoattack', loss=''),

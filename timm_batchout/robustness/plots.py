@@ -8,6 +8,8 @@ from timm_batchout.robustness.report import Report
 
 __all__ = ['draw_curves']
 
+ITERATED = ('deepfool', 'deepfool_unclipped')  # over iterations, not radii
+
 
 def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     """A panel for each attack with several radii (or iterations); bands are 95% intervals, masked curves are dashed.
@@ -41,7 +43,7 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
             (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], '--' if masked else '-', marker='.', label=label)
             low, high = zip(*(score.interval for score in scores), strict=True)
             ax.fill_between(xs, [100 * v for v in low], [100 * v for v in high], color=line.get_color(), alpha=0.15)
-        unit = 'iterations' if attack == 'deepfool' else f'{kind.norm or "standard deviation"}, pixels in [0, 1]'
+        unit = 'iterations' if attack in ITERATED else f'{kind.norm or "standard deviation"}, pixels in [0, 1]'
         ax.set(title=kind.title, xlabel=unit, ylim=(0, 100))
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel('robust accuracy, %')
@@ -59,7 +61,7 @@ def _variants(reports: Sequence[Report], attack: str) -> dict[str, float]:
     for score in (score for report in reports for score in report.scores if score.attack == attack):
         if score.radius is not None:
             found[score.variant] = score.radius
-        elif attack == 'deepfool':
+        elif attack in ITERATED:
             found[score.variant] = float(score.variant.split()[0])
     return dict(sorted(found.items(), key=lambda item: item[1]))
 

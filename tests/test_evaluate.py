@@ -285,9 +285,11 @@ def test_orders_that_cannot_be(net):
     assert suspicions(fine, order) == ['fgsm at .1 does more than pgd']
     assert suspicions(fine, order[::-1][:1]) == []
     on_fewer = [Score('fgsm', '.1', 'Linf', 0.1, 2, 4), Score('pgd', '.1', 'Linf', 0.1, 2, 2)]
-    right = {('fgsm', '.1'): [1, 1, 0, 0], ('pgd', '.1'): [1, 1]}
+    right = {('fgsm', '.1'): [1] * 20 + [0] * 20, ('pgd', '.1'): [1] * 20}
     assert suspicions(fine, on_fewer, right) == [], 'of the images that both were run on, as many withstand both'
-    right['fgsm', '.1'] = [0, 0, 1, 1]
+    right['fgsm', '.1'] = [0] * 9 + [1] * 31
+    assert suspicions(fine, on_fewer, right) == [], 'nine of twenty: chance'
+    right['fgsm', '.1'] = [0] * 10 + [1] * 30
     assert suspicions(fine, on_fewer, right) == ['fgsm at .1 does more than pgd']
 
 
@@ -295,7 +297,7 @@ def test_autoattack(net, digits):
     pytest.importorskip('pyautoattack')
     images, labels = digits[0][:12], digits[1][:12]
     state = torch.get_rng_state()
-    report = evaluate(net, images, labels, ['autoattack', 'pgd'], ['0.05'], batch_size=6)
+    report = evaluate(net, images, labels, ['autoattack', 'pgd'], ['0.05'])
     assert torch.equal(torch.get_rng_state(), state)
     assert report.score('autoattack', '0.05').correct <= report.score('pgd', '0.05').correct
     stages = [

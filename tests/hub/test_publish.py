@@ -1,6 +1,7 @@
 """To the Hub and back, in processes of their own: huggingface_hub reads its settings when it is imported."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,9 @@ def reports(images, tmp_path_factory):
         f'{SCORE}\nfor name in {names!r}: score(name, {str(images)!r}).save(Path({str(folder)!r}) / f"{{name}}.json")'
     )
     subprocess.run(
-        [sys.executable, '-c', f'import timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'], check=True
+        [sys.executable, '-c', f'import timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        check=True,
     )
     return folder
 

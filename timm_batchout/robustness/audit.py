@@ -95,9 +95,12 @@ def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, str], Sequence[
 
     def excess(strong: Score, weak: Score) -> bool:
         """More images withstand the stronger attack, of those that both were run on."""
-        n = min(strong.n, weak.n)
-        shares = [sum(right[score.key][:n]) / n if right else score.accuracy for score in (strong, weak)]
-        return shares[0] - shares[1] > TOLERANCE
+        if not right:
+            return strong.accuracy - weak.accuracy > TOLERANCE
+        pairs = list(zip(right[strong.key], right[weak.key], strict=False))  # as many as both have
+        more, fewer = (sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
+        # McNemar's test, three standard deviations: what a few images do by chance is no sign.
+        return more - fewer > max(0.01 * len(pairs), 3 * (more + fewer) ** 0.5)
 
     found = []
     by_attack: dict[str, dict[str, Score]] = {}

@@ -412,9 +412,9 @@ def test_wilson():
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
 
 
-@pytest.mark.parametrize('data', ['mnist', 'cifar10'])
-def test_evaluation_recipes_are_valid(data):
-    recipe = Path(__file__).parents[1] / 'recipes' / 'paper' / f'evaluate_{data}.yaml'
+@pytest.mark.parametrize(('name', 'data'), [('mnist', 'mnist'), ('variants', 'mnist'), ('cifar10', 'cifar10')])
+def test_evaluation_recipes_are_valid(name, data):
+    recipe = Path(__file__).parents[1] / 'recipes' / 'paper' / f'evaluate_{name}.yaml'
     config = parse(EvaluateConfig, ['cifar_vgg', '--config', str(recipe), '--output', 'x'])
     assert set(config.settings) <= set(config.attacks)
     assert config.data.name == data

@@ -94,6 +94,7 @@ class ReproduceConfig:
         recipes: Folder of the recipes.
         runs: Folder of the training runs. Finished ones are used again, broken-off ones go on.
         output: Folder for figN.json, figN.svg, seeds.json and RESULTS.md; what stands there of other figures is kept.
+            Reports of ``evaluate`` in its folders reports/ and variants/ become tables of RESULTS.md.
         sweep_epochs: Epochs of the nets of figures 4b, 5a and 5b; 0: as in the recipe.
         quick: One epoch and 200 test images, to see whether everything works.
         images: Test images for FGSM; 0: all.
@@ -247,11 +248,13 @@ def run_reproduce(config: ReproduceConfig) -> int:
         draw(figure, output / f'fig{name}.svg')
     known = {name: output / f'fig{name}.json' for name in FIGURES}
     figures = {name: json.loads(path.read_text()) for name, path in known.items() if path.is_file()}
-    reports = [Report.load(path) for path in sorted((output / 'reports').glob('*.json'))]
+    reports, variants = (
+        [Report.load(path) for path in sorted((output / folder).glob('*.json'))] for folder in ('reports', 'variants')
+    )
     path = output / 'RESULTS.md'
     reading = path.read_text().partition(READING)[2] if path.is_file() else ''  # what people wrote
     write_atomically(output / 'seeds.json', json.dumps(over_seeds(figures), indent=1) + '\n')
-    write_atomically(path, results(figures, reports) + (READING + reading if reading else ''))
+    write_atomically(path, results(figures, reports, variants) + (READING + reading if reading else ''))
     print(path.read_text())
     return 0
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -18,8 +19,14 @@ PAPER = {'2': ('99.47', '99.31', '99.12'), '3': ('80.22', '80.01', '80.79')}  # 
 BASELINE, FGSM_AT, BATCHOUT = 'baseline', 'FGSM adversarial training', 'BatchOut'
 
 
-def results(figures: dict[str, Figure], reports: Sequence[Report] = ()) -> str:
-    """RESULTS.md, but for what people write under it."""
+def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants: Sequence[Report] = ()) -> str:
+    """RESULTS.md, but for what people write under it.
+
+    Args:
+        figures: By name, what ``Paper.measure`` gave.
+        reports: Of the bundled weights.
+        variants: Of nets that were trained otherwise than by the recipes, evaluated from their run folders.
+    """
     lines = [
         '# The paper again: its figures, its claims',
         '',
@@ -41,6 +48,9 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = ()) -> str:
         if name in figures:
             lines.append(_row(claim, compare(figures[name])))
     lines += ['', *_sections(figures)]
+    if variants:
+        runs = [Path(report.model).parent.name for report in variants]  # of .../RUN/model.safetensors
+        lines += ['## Trained otherwise', '', comparison(variants, runs), '']
     if reports:
         lines += ['## Beyond the paper: the bundled weights under stronger attacks', '']
     for data in dict.fromkeys(report.data for report in reports):

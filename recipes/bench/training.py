@@ -24,12 +24,14 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
 
 import timm_batchout  # noqa: F401
 from timm_batchout.provenance import environment, write_atomically
 
 HERE = Path(__file__).parent
 ACCELERATE = HERE.parent / 'accelerate'
+IMAGE = (3, 32, 32)
 RATE = re.compile(r'Train: 1 .*\(\s*([\d.]+)s?,\s*([\d.]+)/s\)')  # timm's log: the average of the second epoch so far
 
 
@@ -58,7 +60,7 @@ def ours(folder: Path, model: str, batch: int, launcher: tuple[str, ...] = (), *
             '--schedule.warmup_epochs', '0', '--batch_size', str(batch), '--output', f'{output}/run',
         ]  # fmt: skip
         command += [text for name, value in flags.items() for text in (f'--{name}', value)]
-        subprocess.run(command, check=True, capture_output=True)
+        _output(command)
         lines = (Path(output) / 'run' / 'metrics.jsonl').read_text().splitlines()
         return json.loads(lines[-1])['images_per_second']
 
@@ -71,18 +73,25 @@ def timms(folder: Path, model: str, batch: int, train: Path, workers: int, devic
             sys.executable, '-c', run, str(train), str(folder), '--train-split', 'train', '--val-split', 'test',
             '--model', model, '--batch-size', str(batch), '--opt', 'adamw', '--lr', '1e-3', '--epochs', '2',
             '--warmup-epochs', '0', '--no-aug', '--workers', str(workers), '--device', device, '--channels-last',
-            '--log-interval', '1', '--output', output,
+            '--log-interval', '1', '--output', output, '--input-size', *map(str, IMAGE),
         ]  # fmt: skip
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-    rates = RATE.findall(done.stdout + done.stderr)
+        rates = RATE.findall(_output(command))
     return float(rates[-1][1])
+
+
+def _output(command: list[str]) -> str:
+    """What it prints; its complaint, and the end, if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f'{" ".join(command)}\n{done.stderr}')
+    return done.stdout + done.stderr
 
 
 def arithmetic(model: str, batch: int, device: str, seconds: float = 20) -> float:
     """Images per second of forward, backward and update on one batch that is there already."""
     net = timm.create_model(model).to(device, memory_format=torch.channels_last).train()
-    optimizer = timm.optim.create_optimizer_v2(net, 'adamw', lr=1e-3)
-    images = torch.rand(batch, *net.pretrained_cfg['input_size'], device=device)
+    optimizer = create_optimizer_v2(net, 'adamw', lr=1e-3)
+    images = torch.rand(batch, *IMAGE, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.arange(batch, device=device) % 10
     steps, started = -3, time.perf_counter()

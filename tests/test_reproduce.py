@@ -99,7 +99,8 @@ def test_the_rule_that_judges():
     assert _row('c', [(1.0, 0.5), (0.1, 0.5)]).endswith('| 1 yes, 0 no, 1 open | +1.00, +0.10 | holds |')
     assert _row('c', [(1.0, 0.5), (-1.0, 0.5)]).endswith('| holds in part |')
     assert _row('c', [(1.0, 0.5), (0.1, 0.5), (0.1, 0.5)]).endswith('| holds in part |')
-    assert _row('c', [(0.4, 0.5)]).endswith('| 0 yes, 0 no, 1 open | +0.40 | does not hold |')
+    assert _row('c', [(0.4, 0.5)]).endswith('| 0 yes, 0 no, 1 open | +0.40 | does not hold (open) |')
+    assert _row('c', [(0.4, 0.5), (-1.0, 0.5)]).endswith('| does not hold |')
     difference, half = _difference([50.0], [40.0], 100)
     assert difference == 10 and half == pytest.approx(1.96 * (25 + 24) ** 0.5)
     assert _difference([50.0, 60.0], [40.0, 40.0], 100)[1] == pytest.approx(

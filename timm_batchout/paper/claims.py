@@ -39,7 +39,7 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants
         'Every claim is a list of comparisons ("BatchOut is above the baseline at epsilon 0.1"). One counts as yes or '
         'no if the difference is larger than its 95% interval (of test images and, where there are several, of seeds), '
         'else as open. A claim *holds* if none says no and at least half say yes; it *holds in part* if some say yes; '
-        'else it *does not hold*.',
+        'else it *does not hold*: "(open)" where none says no either.',
         '',
         '| claim of the paper | comparisons | largest and smallest difference, points | verdict |',
         '|---|---|---|---|',
@@ -175,7 +175,7 @@ def _final_loss(figure: Figure) -> Values:
 def _row(claim: str, comparisons: Sequence[Comparison]) -> str:
     yes = sum(difference > half for difference, half in comparisons)
     no = sum(difference < -half for difference, half in comparisons)
-    verdict = 'holds in part' if yes else 'does not hold'
+    verdict = 'holds in part' if yes else 'does not hold' if no else 'does not hold (open)'
     if not no and 2 * yes >= len(comparisons):
         verdict = 'holds'
     differences = [difference for difference, _ in comparisons]

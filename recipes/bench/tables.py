@@ -35,8 +35,8 @@ def training(report: dict[str, Any]) -> list[str]:
     return [
         *rows,
         '',
-        'Where next to nothing of our time is other than arithmetic, no loop can be faster on these cores; a negative share '
-        'is the noise of the machine, which was not idle. '
+        'Where next to nothing of our time is other than arithmetic, no loop can be faster on these cores; a negative '
+        'share is the noise of the machine, which was not idle. '
         f'A checkpoint and a line of metrics each epoch take {share:.2%} of an epoch of CIFAR-10.',
         '',
     ]

@@ -60,6 +60,7 @@ if __name__ == '__main__':
     outcomes = Outcomes()
     status = pytest.main([tests, '-p', 'no:cacheprovider', f'--rootdir={Path(tests).parent}', *options], [outcomes])
     report = {
+        'options': options,
         'outcomes': {test: dict(counts) for test, counts in sorted(outcomes.counts.items())},
         'not_passed': dict(sorted(outcomes.others.items())),
         'environment': environment(),

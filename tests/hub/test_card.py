@@ -90,8 +90,9 @@ def test_the_gallery(tmp_path):
         (tmp_path / name / 'results.json').write_text(json.dumps(results))
     write_gallery(tmp_path)
     table = (tmp_path / 'README.md').read_text()
-    assert '| [a](a/README.md) | **90.00** | 50.00 (masked) | 20.00 (masked) |' in table
-    assert '| [b](b/README.md) | 80.00 | **50.00** | **20.00** |' in table
+    # Clean, AutoAttack, PGD, then FGSM at two radii.
+    assert '| [a](a/README.md) | **90.00** | **2.00** | 20.00 (masked) | 50.00 (masked) | 20.00 (masked) |' in table
+    assert '| [b](b/README.md) | 80.00 | **2.00** | **20.00** | **50.00** | **20.00** |' in table
     page = (tmp_path / 'index.html').read_text()
     assert not re.findall(r'(?:src|href)="(?!#)', page), 'self-contained'
 

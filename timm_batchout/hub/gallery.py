@@ -11,6 +11,8 @@ from timm_batchout.robustness.report import Score, title
 
 __all__ = ['write_gallery']
 
+FIRST = ('clean', 'autoattack', 'autoattack_l2', 'pgd', 'pgd_l2', 'ddn')
+
 
 def write_gallery(cards: Path) -> None:
     """Write README.md and index.html of the folder of all cards, from the results.json in it."""
@@ -27,13 +29,13 @@ Tables = list[tuple[str, list[tuple[str, Report]]]]
 
 
 def _columns(reports: list[Report]) -> list[tuple[str, str]]:
-    """Clean first, then attacks by radius; without the stages and iterations in between."""
+    """Clean first, then the strongest attacks; without the stages and iterations in between."""
     keys: dict[tuple[str, str], None] = {}
     for score in (score for report in reports for score in report.scores):
         last = score.attack.startswith('deepfool') and score.variant == '5 iterations'
         if score.attack == 'clean' or score.radius is not None or last:
             keys[score.key] = None
-    return list(keys)
+    return sorted(keys, key=lambda key: FIRST.index(key[0]) if key[0] in FIRST else len(FIRST))
 
 
 def _scores(report: Report) -> dict[tuple[str, str], Score]:

@@ -101,6 +101,7 @@ OF_THREE_NETS = (
 )
 PANELS: dict[str, tuple[Panel, ...]] = {
     '2': OF_THREE_NETS,
+    '2-sgd': OF_THREE_NETS,
     '3': OF_THREE_NETS,
     '4a': (_loss,),
     '4b': (_over_nets,),

@@ -20,12 +20,13 @@ __all__ = ['FIGURES', 'Figure', 'Net', 'Paper']
 
 @dataclass(frozen=True)
 class Net:
-    """A net of a figure: a recipe, and what is changed in its ``model_args``."""
+    """A net of a figure: a recipe, and what is changed in its ``model_args`` and its ``optimizer``."""
 
     label: str
     recipe: str
     tag: str = ''
     model_args: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,17 @@ def _three(data: str) -> tuple[Net, ...]:
     )
 
 
+SGD = {'name': 'sgd', 'lr': 0.02, 'weight_decay': 5e-4}  # momentum 0.9
 MNIST_EPS = ('0.05', '0.1', '0.2', '0.3', '0.4')
 BASELINE, BATCHOUT = Net('baseline', 'mnist_baseline'), Net('BatchOut', 'mnist_batchout')
 FIGURES = {
     '2': Figure('MNIST (Fig. 2)', _three('mnist'), MNIST_EPS, deepfool=True),
+    '2-sgd': Figure(  # The paper does not name its optimizer.
+        'MNIST, trained with SGD (Fig. 2)',
+        tuple(replace(net, tag='sgd', optimizer=SGD) for net in _three('mnist')),
+        MNIST_EPS,
+        deepfool=True,
+    ),
     '3': Figure('CIFAR-10 (Fig. 3)', _three('cifar10'), ('1/255', '2/255', '4/255', '8/255'), deepfool=True),
     '4a': Figure('Convergence (Fig. 4a)', (_three('cifar10')[0], _three('cifar10')[2]), ()),
     '4b': Figure(
@@ -162,6 +170,7 @@ class Paper:
         recipe = {
             **recipe,
             'model_args': {**recipe.get('model_args', {}), **net.model_args},
+            'optimizer': {**recipe['optimizer'], **net.optimizer},
             'data': {**recipe['data'], **self.data.get(net.recipe.partition('_')[0], {})},
             'seed': seed,
             'resume': 'auto',

@@ -97,6 +97,7 @@ def test_one_cpu_config(tmp_path):
     assert json.loads((tmp_path / 'run' / 'result.json').read_text())['environment']['processes'] == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_all_down_and_the_launcher_resumes(tmp_path, two_processes):
     """--max_restarts and --resume auto: the end is that of the run that never died, bit for bit."""
     (tmp_path / 'die').touch()
@@ -137,6 +138,7 @@ def hosts():
             subprocess.run(['ip', 'netns', 'delete', name], capture_output=True)
 
 
+@pytest.mark.slow
 def test_two_hosts(hosts, tmp_path, two_processes):
     """One process on each of two machines, over TCP: the same weights as two processes of one machine."""
     launch = command(tmp_path, 'multi_node.yaml', '--num_processes', '2', '--main_process_ip', '10.77.0.1')
@@ -182,6 +184,7 @@ def test_what_needs_a_gpu_says_so(tmp_path, monkeypatch, capsys, variable, flags
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_to_the_report_of_one(tmp_path):
     command = [
         'timm_batchout.cli', 'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '20',

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import timm_batchout
+from timm_batchout.cli import main
 from timm_batchout.robustness import Report
 from timm_batchout.training.config import DataConfig
 from timm_batchout.training.data import load_split
@@ -84,18 +85,26 @@ def hub(tmp_path):
         yield hub
 
 
+def test_a_dry_run_talks_to_nobody(tmp_path, reports, monkeypatch, capsys):
+    def refuse(*args):
+        raise AssertionError(f'a dry run opened a connection: {args}')
+
+    monkeypatch.setattr('socket.socket.connect', refuse)
+    command = ['publish', '--all', 'true', '--reports', str(reports), '--cards', str(tmp_path), '--dry_run', 'true']
+    assert main(command) == 0
+    assert capsys.readouterr().out.count('model.safetensors') >= 6
+
+
 def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images, reports):
     cards = tmp_path / 'cards'
-    command = ['--all', 'true', '--reports', reports, '--cards', cards]
-    assert 'exit 0' in python(publish(*command, '--dry_run', 'true'), hub, tmp_path / 'a')
-    assert not hub.requests, 'a dry run talks to nobody'
-    output = python(publish(*command), hub, tmp_path / 'a', 'hf_owner')
+    output = python(
+        publish('--all', 'true', '--reports', reports, '--cards', cards, times=2), hub, tmp_path / 'a', 'hf_owner'
+    )
     assert output.count('pushed: README.md, config.json, curves.svg, results.json, model.safetensors') == 6
+    assert output.count('nothing has changed: nothing was pushed') == 6, 'the second time'
+    assert len([request for request in hub.requests if '/commit/' in request]) == 6
+    assert len([request for request in hub.requests if 'PUT' in request]) == 6
     assert 'hf_owner' not in output + ''.join(path.read_text() for path in cards.rglob('*.*') if path.is_file())
-    hub.requests.clear()
-    output = python(publish(*command), hub, tmp_path / 'a', 'hf_owner')
-    assert output.count('nothing has changed: nothing was pushed') == 6
-    assert not [request for request in hub.requests if 'PUT' in request or '/commit/' in request]
     assert not list(cards.rglob('*.safetensors')), 'weights are not committed twice'
 
     # Another machine: an empty cache, no token, and a package without weights.
@@ -197,7 +206,6 @@ for token in {tokens!r}:
 def test_what_is_not_to_be_trusted_is_refused(hub, tmp_path, reports):
     name = 'mnist_cnn.baseline_mnist'
     arguments = (name, '--report', reports / f'{name}.json', '--cards', tmp_path / 'cards', '--repo')
-    python(publish(*arguments, 'alice/good'), hub, tmp_path / 'a', 'hf_owner')
     code = """
 from huggingface_hub import CommitOperationAdd, HfApi
 api = HfApi()
@@ -218,7 +226,8 @@ for repo, config in evil.items():
     api.create_commit(f'alice/{repo}', operations, commit_message='x')
 """
     config = tmp_path / 'cards' / 'good' / 'config.json'
-    python(f'TMP, CONFIG = Path({str(tmp_path)!r}), {str(config)!r}\n{code}', hub, tmp_path / 'a', 'hf_owner')
+    code = publish(*arguments, 'alice/good') + f'TMP, CONFIG = Path({str(tmp_path)!r}), {str(config)!r}\n{code}'
+    python(code, hub, tmp_path / 'a', 'hf_owner')
     hub.corrupt = {'model.safetensors'}
     load = """
 def load(repo):

@@ -8,6 +8,7 @@ import timm
 
 import timm_batchout  # noqa: F401
 from timm_batchout.cli import main
+from timm_batchout.commands import _images_apart
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.training.config import DataConfig
 from timm_batchout.training.data import load_split
@@ -56,6 +57,17 @@ def test_verify_tells_a_difference(monkeypatch, capsys):
     assert 'STATED' in capsys.readouterr().out
     assert main(['verify', '--roots', '{}', '--models', '["mnist_cnn.nope"]']) == 2
     assert 'mnist_cnn.nope' in capsys.readouterr().err
+
+
+def test_verify_allows_for_rounding_under_fgsm_alone():
+    def scores(clean, fgsm):
+        return {'n': 10000, 'clean': {'correct': clean}, 'fgsm': {'0.1': {'correct': fgsm}}}
+
+    stated = scores(9900, 9000)
+    assert _images_apart(stated, stated) == 0
+    assert _images_apart(scores(9900, 8950), stated) == 50
+    assert _images_apart(scores(9900, 9051), stated) is None
+    assert _images_apart(scores(9901, 9000), stated) is None
 
 
 def test_robust_accuracy_falls_with_epsilon():

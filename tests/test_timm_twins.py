@@ -15,9 +15,11 @@ import timm.data
 import timm.optim
 import torch
 from safetensors.torch import save_file
+from timm.layers import get_notrace_functions, get_notrace_modules
 from timm.models import get_pretrained_cfg, register_model, save_for_hf
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import timm_batchout
 from timm_batchout import BatchOut, batchout_sites, register_twins, remove_batchout
@@ -382,6 +384,23 @@ def test_traced_and_exported_for_eval(arch):
     exported = torch.export.export(model, (x,))
     assert 'randint' not in str(exported.graph)
     assert torch.allclose(exported.module()(y), expected, atol=1e-5)
+
+
+def test_fx_graphs_augment_in_training():
+    """timm's GELU is no leaf to FX: traced through, it would lose its hook."""
+    model = twin('test_convnext', eta=0.5)
+    site = 'stages.1.blocks.0.mlp.act'
+    options = {'leaf_modules': get_notrace_modules(), 'autowrap_functions': get_notrace_functions()}
+    graph = create_feature_extractor(model, {site: 'act'}, tracer_kwargs=options)
+    x = torch.rand(8, 3, 64, 64)
+    torch.manual_seed(0)
+    moved = (graph.train()(x)['act'] - graph.eval()(x)['act']).abs().amax((1, 2, 3))
+    assert (moved[:4] > 1e-2).any() and (moved[4:] < 1e-5).all()  # a sample may draw itself
+
+
+def test_fx_is_told_that_a_windowed_block_counts_images():
+    with pytest.raises(TypeError, match=r'Trace the net in eval mode'):
+        torch.fx.symbolic_trace(twin('tnt_s_patch16_224').train())
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -305,7 +305,8 @@ class BatchOut(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(
                 f'{type(module).__name__} takes a {type(x).__name__}, not one tensor, so BatchOut cannot augment its '
-                "input. Use sites='act', or a list of activations by name or glob."
+                "input. Use sites='act', or a list of activations by name or glob; before torch.fx, eval mode or "
+                'remove_batchout(model).'
             )
         if self.images is None or self.images.value == x.shape[0]:
             return (self.augment(x, True), *args[1:])

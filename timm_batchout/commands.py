@@ -150,7 +150,9 @@ class PublishConfig:
 
 @dataclass
 class VerifyConfig:
-    """Score the bundled weights again and compare with the numbers in their JSON, image by image counted.
+    """Score the bundled weights again and compare with the numbers in their JSON.
+
+    Clean counts must be equal; under FGSM, 0.5% of the images may differ, since processors round differently.
 
     Args:
         roots: Where the test sets are, by data name. Models whose data is not named are skipped, and said to be.
@@ -314,13 +316,29 @@ def run_verify(config: VerifyConfig) -> int:
         if card['data'] not in splits:
             splits[card['data']] = load_split(replace(data, root=config.roots[card['data']]), train=False)
         split = splits[card['data']]
-        found = fgsm_scores(
-            timm.create_model(name, pretrained=True), split.images, split.labels, list(card['test']['fgsm'])
-        )
-        same = found == card['test']
-        differing += not same
-        print(f'{name}: clean {found["clean"]["accuracy"]:.4f}, ' + ('as stated' if same else f'STATED {card["test"]}'))
+        model = timm.create_model(name, pretrained=True)
+        found = fgsm_scores(model, split.images, split.labels, list(card['test']['fgsm']))
+        apart = _images_apart(found, card['test'])
+        differing += apart is None
+        if apart is None:
+            outcome = f'is {found}, STATED {card["test"]}'
+        else:
+            outcome = f'{found["clean"]["accuracy"]:.4f}, as stated' + f' (FGSM: but for {apart} images)' * bool(apart)
+        print(f'{name}: clean {outcome}')
     return 1 if differing else 0
+
+
+def _images_apart(found: dict[str, Any], stated: dict[str, Any]) -> int | None:
+    """The largest difference of two FGSM scores in images; None if they cannot be of the same weights and images.
+
+    FGSM takes signs, and where the net is sure of itself the cross-entropy's gradient is rounding and little else: AVX2
+    and AVX-512 differed by up to 28 of 10,000 images (MNIST baseline, 0.2). Clean counts were the same.
+    """
+    if (found['n'], found['clean']) != (stated['n'], stated['clean']):
+        return None
+    counts = [[score['correct'] for score in scores['fgsm'].values()] for scores in (found, stated)]
+    apart = max((abs(a - b) for a, b in zip(*counts, strict=True)), default=0)
+    return apart if apart <= 0.005 * stated['n'] else None
 
 
 def run_list(config: ListConfig) -> int:

@@ -5,10 +5,11 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
+from timm.layers import register_notrace_module
 from torch import nn
 
 from timm_batchout.batchout import BatchOut, BatchOutConfig
-from timm_batchout.sites import ImageCount, activation_sites, block_sites, match_sites, windowed_blocks
+from timm_batchout.sites import ImageCount, activation_sites, block_sites, is_activation, match_sites, windowed_blocks
 
 __all__ = ['add_batchout', 'batchout_sites', 'remove_batchout']
 
@@ -50,6 +51,9 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
         layer = _layer(replace(config, eta=eta))
         layer.images = next((count for prefix, count in counts.items() if f'{name}.'.startswith(prefix)), None)
         sites[name].register_forward_pre_hook(layer.pre_hook)
+        if is_activation(sites[name]):
+            # FX graphs call what they do not trace through, hooks and all; torch.nn's own modules are so by default.
+            register_notrace_module(type(sites[name]))
     return model
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from timm.layers import activations as timm_activations
 from torch import nn
+from torch.fx import Proxy
 
-__all__ = ['ImageCount', 'activation_sites', 'block_sites', 'match_sites', 'windowed_blocks']
+__all__ = ['ImageCount', 'activation_sites', 'block_sites', 'is_activation', 'match_sites', 'windowed_blocks']
 
 # Softmax, Sigmoid, Tanh and their hard versions are gates or normalisers wherever timm's backbones use them.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -57,7 +58,7 @@ def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if _is_left_out(name, module):
             left_out += (f'{name}.',)
-        elif _is_activation(module):
+        elif is_activation(module):
             sites[name] = module
     return sites
 
@@ -66,7 +67,8 @@ def _is_left_out(name: str, module: nn.Module) -> bool:
     return name.rpartition('.')[2] in _POSITION_ATTRIBUTES or _is_called(module, _ATTENTION + _POSITION)
 
 
-def _is_activation(module: nn.Module) -> bool:
+def is_activation(module: nn.Module) -> bool:
+    """An activation, or a norm with an activation in its formula."""
     if isinstance(module, _ACTIVATIONS):
         return True
     # apply_act: timm's norms can be told to leave their activation out
@@ -116,6 +118,13 @@ class ImageCount:
         self.value = 0
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if any(isinstance(arg, Proxy) for arg in args):
+            if not module.training:
+                return
+            raise TypeError(
+                f'torch.fx cannot trace a {type(module).__name__} in training with BatchOut inside: it counts images. '
+                'Trace the net in eval mode, or call remove_batchout(model) first.'
+            )
         # A TNT block takes the pixels of all windows first and the patches of the images second.
         self.value = min(arg.shape[0] for arg in args if hasattr(arg, 'shape'))
 

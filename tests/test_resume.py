@@ -186,7 +186,7 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, alone, nu
     text = finish(process)
     command = text.rpartition('Go on with: timm-batchout ')[2].split()
     assert not (output / 'model.safetensors').exists()
-    assert command == ['train', '--config', str(output / 'config.yaml'), '--resume', 'true']
+    assert command == ['train', '--config', str(output / 'config.yaml'), '--resume']
     assert main(command) == 0
     assert outcome(output) == alone
 

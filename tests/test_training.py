@@ -355,6 +355,24 @@ def test_ranks_share_an_epoch_without_overlap():
         assert torch.equal(union, batch[0])
 
 
+@pytest.mark.parametrize(
+    'words, expected',
+    [
+        (['--dry-run'], {'dry_run': True}),
+        (['--dry-run', '--resume', '--seed', '3'], {'dry_run': True, 'resume': True, 'seed': 3}),
+        (['--allow-changes=false', '--resume', 'auto'], {'allow_changes': False, 'resume': 'auto'}),
+        (['--data.download', '--eval-batch-size=7'], {'data': DataConfig(download=True), 'eval_batch_size': 7}),
+        (['--output', '--dry-run'], None),  # a flag that takes a value still needs one
+    ],
+)
+def test_switches_need_no_value_and_dashes_are_underscores(words, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match='output'):
+            parse(TrainConfig, words)
+    else:
+        assert parse(TrainConfig, words) == TrainConfig(**expected)
+
+
 def test_a_recipe_states_what_differs_from_its_base(tmp_path, capsys):
     (tmp_path / 'base.yaml').write_text('epochs: 7\nmodel_args: {k: 0.25, eta: 0.2}\noptimizer: {name: sgd, lr: 0.1}\n')
     middle = tmp_path / 'middle' / 'middle.yaml'

@@ -4,7 +4,8 @@ import difflib
 import json
 import re
 import sys
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     """
     if not arguments and not fields(config_class):
         return config_class()  # nothing to parse: `list` works without the extra packages
-    arguments = _named(config_class, arguments)
+    arguments = _spelled_out(config_class, _named(config_class, arguments))
     from jsonargparse import ActionConfigFile, ArgumentParser
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(config_class.__doc__ or '').splitlines()[0])
@@ -71,6 +72,30 @@ def _named(config_class: type, arguments: list[str]) -> list[str]:
         raise ValueError(f'Name one {first.name}, got {flags}: {" ".join(arguments[:flags])}.')
     value = json.dumps(arguments[:flags]) if several else arguments[0]
     return [f'--{first.name}={value}', *arguments[flags:]]
+
+
+def _spelled_out(config_class: type, arguments: list[str]) -> list[str]:
+    """``--dry-run`` is ``--dry_run``, and a switch without a value is on."""
+    switches = set(_switches(config_class))
+    spelled: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], '--'], strict=True):
+        if argument.startswith('--'):
+            flag, equals, value = argument.partition('=')
+            flag = flag[:2] + flag[2:].replace('-', '_')
+            if not equals and flag[2:] in switches and following.startswith('-'):
+                equals, value = '=', 'true'
+            argument = flag + equals + value
+        spelled.append(argument)
+    return spelled
+
+
+def _switches(config_class: Any, prefix: str = '') -> Iterator[str]:
+    """The dotted names of all fields that are on or off."""
+    for field in fields(config_class):
+        if isinstance(field.default, bool):
+            yield prefix + field.name
+        elif is_dataclass(field.type):
+            yield from _switches(field.type, f'{prefix}{field.name}.')
 
 
 def _with_bases(arguments: list[str]) -> list[str]:

@@ -161,7 +161,7 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
     checkpoint = newest_checkpoint(output) if config.resume else None
     if not config.resume:
         if output.exists() and any(output.iterdir()):
-            raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume true.')
+            raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume.')
         return None
     if checkpoint is None:
         if config.resume == 'auto':
@@ -170,7 +170,7 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
     changes = recipe_changes(yaml.safe_load((output / RECIPE).read_text()), config)
     if changes and not config.allow_changes:
         raise ValueError(
-            'The recipe differs from that of the run to resume (--allow_changes true resumes all the same):\n'
+            'The recipe differs from that of the run to resume (--allow-changes resumes all the same):\n'
             + '\n'.join(changes)
         )
     return checkpoint

@@ -143,7 +143,7 @@ class Run:
         self._save()
 
     def _resume_command(self) -> str:
-        return shlex.join(['timm-batchout', 'train', '--config', str(self.output / RECIPE), '--resume', 'true'])
+        return shlex.join(['timm-batchout', 'train', '--config', str(self.output / RECIPE), '--resume'])
 
     def _progress_bar(self) -> tqdm:
         images = self.config.batch_size * self.accelerator.num_processes

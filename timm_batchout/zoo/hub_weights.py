@@ -11,6 +11,8 @@ from typing import Any
 
 from timm.models import resolve_pretrained_cfg
 
+from timm_batchout.zoo.weights import bundled_cards
+
 __all__ = ['NAMESPACE', 'WEIGHTS', 'fetch', 'from_hub']
 
 NAMESPACE = os.environ.get('TIMM_BATCHOUT_HUB_NAMESPACE') or 'timm-batchout'
@@ -36,20 +38,28 @@ def from_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     if elsewhere or not cfg.hf_hub_id:
         return kwargs
     # What else a config.json may say of where its weights are (another file name, custom code) is not followed.
-    file = fetch(cfg.hf_hub_id, kwargs.get('cache_dir'))
+    file = fetch(cfg.hf_hub_id, kwargs.get('cache_dir'), '' if cfg.source == 'hf-hub' else _packaged(cfg.hf_hub_id))
     source = {'file': str(file), 'source': None, 'hf_hub_filename': None, 'custom_load': False}
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **source}}
 
 
-def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
+def _packaged(hub_id: str) -> str:
+    """The sha256 that the package has of the weights of its own models; '' for other repositories and revisions."""
+    namespace, _, name = hub_id.partition('/')
+    return bundled_cards().get(name, {}).get('sha256', '') if namespace == NAMESPACE else ''
+
+
+def fetch(name: str, cache_dir: str | Path | None = None, packaged: str = '') -> Path:
     """The weights of a repository, downloaded once and checked every time.
 
     Args:
         name: 'namespace/name', or 'namespace/name@revision'.
         cache_dir: huggingface_hub's cache; None: its default.
+        packaged: The sha256 that the weights must have, whatever their config.json says; '' if it is not known.
 
     Raises:
-        ValueError: The repository has no model.safetensors, or one that is not what its config.json says.
+        ValueError: The repository has no model.safetensors, or one that is not what its config.json or ``packaged``
+            says; a config.json that is damaged (it is deleted from the cache) or no JSON object.
         ConnectionError: The Hub does not answer, and the cache does not have the weights.
         huggingface_hub.errors.HfHubHTTPError: No such repository or revision, or no access to it.
     """
@@ -57,22 +67,53 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
 
     repo, _, revision = name.partition('@')
     config = _download(repo, 'config.json', revision or None, cache_dir)
+    stated = _stated_sha256(name, config)
     try:
         weights = _download(repo, WEIGHTS, config.parent.name, cache_dir)  # the same commit, whoever pushes meanwhile
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError as error:
         raise ValueError(f'{name} holds no {WEIGHTS}; other formats are not read: pickles can run code.') from error
-    expected = json.loads(config.read_text()).get('sha256')
     actual = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if expected and actual != expected:
-        weights.resolve().unlink()  # else the cache would hand it out again
-        weights.unlink(missing_ok=True)
-        raise ValueError(
-            f'{WEIGHTS} of {name} has the sha256 {actual[:12]}..., its config.json says {expected[:12]}.... It was '
-            'deleted from the cache. Try again; if it stays so, do not trust this repository.'
-        )
+    for witness, expected in (('its config.json', stated), ('timm-batchout', packaged)):
+        if expected and actual != expected:
+            _delete(weights, config)  # else the cache would hand them out again; and either may be the damaged one
+            raise ValueError(
+                f'{WEIGHTS} of {name} has the sha256 {actual[:12]}..., {witness} says {expected[:12]}.... It and its '
+                'config.json were deleted from the cache. Try again; if it stays so, do not trust this repository.'
+            )
     return weights
+
+
+def _stated_sha256(name: str, path: Path) -> str:
+    """What config.json says of the weights, in lower case; '' if it says nothing.
+
+    Raises:
+        ValueError: It is damaged, and then deleted from the cache, or not what a config can be.
+    """
+    content = path.read_bytes()
+    blob = path.resolve().name  # the cache calls a file by its etag, git's hash of what the Hub has
+    damaged = len(blob) == 40 and blob != hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+    try:
+        config = json.loads(content)
+    except ValueError:
+        damaged = True
+    if damaged:
+        _delete(path)
+        raise ValueError(f'config.json of {name} was damaged. It was deleted from the cache: try again.')
+    if not isinstance(config, dict):
+        raise ValueError(f'config.json of {name} must be a JSON object, got {str(config)[:40]!r}: it is no model here.')
+    sha256 = config.get('sha256') or ''
+    if not isinstance(sha256, str):
+        raise ValueError(f'sha256 in config.json of {name} must be text, got {sha256!r}: publish the model again.')
+    return sha256.lower()
+
+
+def _delete(*paths: Path) -> None:
+    """Links and the blobs that they point to."""
+    for path in paths:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _download(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:

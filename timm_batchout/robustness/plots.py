@@ -8,6 +8,7 @@ from timm_batchout.robustness.report import Report
 
 __all__ = ['draw_curves']
 
+COLUMNS = 3  # more in a row cannot be read on a page
 ITERATED = ('deepfool', 'deepfool_unclipped')  # over iterations, not radii
 
 
@@ -26,29 +27,41 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     matplotlib.use('Agg')
     matplotlib.rcParams['svg.hashsalt'] = 'timm-batchout'  # the same report draws the same file
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
     curves = {attack: _variants(reports, attack) for attack in ATTACKS}
     curves = {attack: variants for attack, variants in curves.items() if len(variants) > 1}
     if not curves:
         raise ValueError('There is no curve to draw: evaluate an attack at two radii or more.')
-    figure, axes = plt.subplots(1, len(curves), figsize=(4.2 * len(curves), 3.4), squeeze=False, sharey=True)
-    for ax, (attack, variants) in zip(axes[0], curves.items(), strict=True):
+    columns = min(len(curves), COLUMNS)
+    rows = -(-len(curves) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.2 * columns, 3.2 * rows + 0.5), squeeze=False, sharey=True, layout='constrained'
+    )
+    for ax in axes.flat[len(curves) :]:
+        ax.remove()
+    any_masked = False
+    for ax, (attack, variants) in zip(axes.flat, curves.items(), strict=False):
         kind = ATTACKS[attack]
         for report in reports:
             points = [(x, report.score(attack, name)) for name, x in variants.items() if _has(report, attack, name)]
             xs = [0.0, *(x for x, _ in points)]
             scores = [report.score('clean'), *(score for _, score in points)]
             masked = any(score.masked for score in scores)
-            label = report.model + ' (masked)' * masked
-            (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], '--' if masked else '-', marker='.', label=label)
+            any_masked |= masked
+            (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], '--' if masked else '-', marker='.')
             low, high = zip(*(score.interval for score in scores), strict=True)
             ax.fill_between(xs, [100 * v for v in low], [100 * v for v in high], color=line.get_color(), alpha=0.15)
-        unit = 'iterations' if attack in ITERATED else f'{kind.norm or "standard deviation"}, pixels in [0, 1]'
-        ax.set(title=kind.title, xlabel=unit, ylim=(0, 100))
+        unit = 'iterations' if attack in ITERATED else 'radius' if kind.norm else 'standard deviation'
+        title = ' '.join(filter(None, [kind.title, kind.norm]))
+        ax.set(title=title, xlabel=unit + ', pixels in [0, 1]' * (attack not in ITERATED), ylim=(0, 100))
         ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel('robust accuracy, %')
-    axes[0][-1].legend(fontsize='small')
-    figure.tight_layout()
+    for row in axes:
+        row[0].set_ylabel('robust accuracy, %')
+    lines = [Line2D([], [], color=f'C{i}', marker='.', label=report.model) for i, report in enumerate(reports)]
+    if any_masked:
+        lines.append(Line2D([], [], color='gray', linestyle='--', label='dashed: gradients masked, overstated'))
+    figure.legend(handles=lines, loc='outside upper center', ncols=columns)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={'Date': None} if path.suffix == '.svg' else None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from timm_batchout.provenance import write_atomically
 
-__all__ = ['Report', 'Score', 'comparison', 'title', 'wilson']
+__all__ = ['Report', 'Score', 'cell', 'comparison', 'title', 'wilson']
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -138,6 +138,10 @@ class Report:
 def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
     """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
 
+    Nothing is best where nothing withstands, where it is the only one, or where the models were not attacked alike
+    (other settings, or images of another net). Stages of AutoAttack are left out where they left right what the whole
+    attack did.
+
     Args:
         reports: Of the same images.
         names: Column heads; the models' names if left out.
@@ -154,8 +158,12 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
     known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
     for key in dict.fromkeys(key for scores in known for key in scores):
         same = [scores.get(key) for scores in known]
+        whole = [scores.get((key[0], key[1].partition(' after ')[0], key[2])) for scores in known]
+        if ' after ' in key[1] and [_correct(score) for score in same] == [_correct(score) for score in whole]:
+            continue
         honest = [score.accuracy for score in same if score and not score.masked]
-        cells = [_cell(score, max(honest, default=None)) for score in same]
+        comparable = len(reports) > 1 and _attacked_alike(reports, key[0])
+        cells = [cell(score, max(honest, default=0) if comparable else 0) for score in same]
         rows.append(f'| {title(*key[:2])} | {key[2]} | {" | ".join(cells)} |')
         distances = [score.median_distance if score else None for score in same]
         if any(distances):
@@ -170,13 +178,26 @@ def title(attack: str, variant: str) -> str:
 
     if attack == 'clean':
         return 'clean'
+    variant = '1 iteration' if variant == '1 iterations' else variant
     return ' '.join(filter(None, [ATTACKS[attack].title, ATTACKS[attack].norm, variant]))
 
 
-def _cell(score: Score | None, best: float | None) -> str:
+def _correct(score: Score | None) -> int | None:
+    return score.correct if score else None
+
+
+def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
+    """With the same settings; how many images and which radii stand in the table."""
+    settings = [report.settings.get(attack, {}) for report in reports]
+    alike = [{name: value for name, value in each.items() if name not in ('n', 'eps')} for each in settings]
+    return all(each == alike[0] for each in alike)
+
+
+def cell(score: Score | None, best: float) -> str:
+    """In percent; bold where it is the best, but 0 never is."""
     if score is None:
         return ''
     text = f'{100 * score.accuracy:.2f}'
     if score.masked:
         return f'{text} (masked)'
-    return f'**{text}**' if score.accuracy == best else text
+    return f'**{text}**' if score.accuracy == best > 0 else text

@@ -130,7 +130,7 @@ class PublishConfig:
         run: The run folder that trained the checkpoint.
         model_args: Keyword arguments for ``timm.create_model``.
         cards: Folder of all cards.
-        private: Create the repository as a private one.
+        private: Create the repository as a private one; one that is there and public is refused.
         dry_run: Stage and show; push nothing.
     """
 
@@ -266,7 +266,11 @@ def run_publish(config: PublishConfig) -> int:
     from timm_batchout.hub.publish import bundled, push, stage
 
     if config.all == bool(config.model):
-        raise ValueError('Name one model to publish, or --all true.')
+        raise ValueError('Name one model to publish, or --all.')
+    of_one = ('repo', 'report', 'checkpoint', 'run', 'twin', 'model_args')
+    given = [f'--{name}' for name in of_one if getattr(config, name)]
+    if config.all and given:
+        raise ValueError(f'{", ".join(given)}: for one model, not for --all, which takes the bundled ones as they are.')
     if config.all:
         undefended = {card['data']: name for name, card in weights.bundled_cards().items() if '.baseline_' in name}
         todo = []
@@ -282,14 +286,12 @@ def run_publish(config: PublishConfig) -> int:
         todo = [(config.model, *source, config.report, config.twin)]
         folder = Path()
     cards = Path(config.cards)
-    staged = []
-    for name, file, run, report, twin in todo:
-        twin_report = Report.load(folder / twin) if twin else None
-        staged.append(
-            stage(
-                name, file, Report.load(folder / report), run, cards, config.repo, twin_report, config.model_args
-            )
-        )  # fmt: skip
+    reports = {path: Report.load(folder / path) for *_, report, twin in todo for path in (report, twin) if path}
+    nets = {report.weights_sha256: report.model for report in reports.values()} if config.all else {}
+    staged = [
+        stage(name, file, reports[report], run, cards, config.repo, reports.get(twin), config.model_args, nets)
+        for name, file, run, report, twin in todo
+    ]
     write_gallery(cards)
     for repository in staged:
         print(repository.repo)

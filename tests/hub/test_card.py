@@ -7,15 +7,21 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from timm_batchout.cli import main
 from timm_batchout.hub.card import Entry, eval_results, make_card, summary
 from timm_batchout.hub.gallery import write_gallery
-from timm_batchout.robustness import Report
+from timm_batchout.robustness import Report, comparison
+from timm_batchout.robustness.attacks import ATTACKS
+from timm_batchout.robustness.plots import draw_curves
 from timm_batchout.robustness.report import Score
+from timm_batchout.zoo.weights import bundled_cards
 
 SITE = Path(__file__).parents[2] / 'hub_cards'
+BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 
 
 def report(model='net', clean=80, masked=False):
@@ -39,15 +45,22 @@ def report(model='net', clean=80, masked=False):
         model=model, data='CIFAR-10 (JPEG q75 copy)', n=100, batch_size=50, seed=0,
         indices='the first n of torch.randperm(100), seed 0',
         weights_sha256='0' * 64, preprocessing={'mean': [0.0], 'std': [1.0], 'input_size': [3, 32, 32]},
-        settings={'pgd': {'steps': 20}}, scores=scores, audit=audit, environment={'torch': '2.15'},
+        settings={'pgd': {'steps': 20, 'eps': ['2/255', '8/255'], 'n': 50}}, scores=scores, audit=audit,
+        environment={'torch': '2.15'},
     )  # fmt: skip
 
 
-def entry(**changes):
-    recipe = {'model': 'batchout_cifar_vgg', 'data': {'val_fraction': 0.1, 'root': ''}, 'objective': {'name': 'plain'}}
+RECIPE = {
+    'model': 'batchout_cifar_vgg', 'model_args': {}, 'data': {'val_fraction': 0.0, 'root': '', 'download': False},
+    'objective': {'name': 'plain', 'epsilon': 0.0}, 'seed': 0, 'clip_grad': 0.0, 'precision': 'no', 'trackers': [],
+}  # fmt: skip
+
+
+def entry(batchout=True, recipe=RECIPE, **changes):
+    name = 'batchout_cifar_vgg' if batchout else 'cifar_vgg'
     known = {
-        'name': 'net', 'repo': 'me/net', 'architecture': 'batchout_cifar_vgg', 'report': report(), 'sha256': 'ab' * 32,
-        'config': {'architecture': 'batchout_cifar_vgg'}, 'run': {'recipe': recipe, 'seed': 1},
+        'name': 'net', 'repo': 'me/net', 'report': report(), 'sha256': 'ab' * 32,
+        'config': {'architecture': name, 'trained_with': name}, 'run': {'recipe': recipe, 'seed': 1},
     }  # fmt: skip
     return Entry(**{**known, **changes})
 
@@ -62,14 +75,90 @@ def test_the_card_is_valid_and_tells_the_truth():
     values = {result.metric_name: result.metric_value for result in results}
     assert values['AutoAttack Linf 8/255'] == 2.0 and values['Accuracy'] == 80.0
     assert len({(r.metric_type, r.metric_config) for r in results}) == 7, 'eps in the fields keeps them apart'
+    pgd = next(result for result in results if result.metric_name == 'PGD Linf 8/255')
+    assert pgd.metric_args == {'steps': 20, 'eps': '8/255', 'n': 50, 'norm': 'Linf'}, "not the settings' list of eps"
     assert not any(result.verified for result in results)
     text = card.text
     lead = text.split('\n\n')[1]
     assert lead.startswith('**Accuracy: 2.0% under AutoAttack Linf 8/255 (n = 50); 80.0% clean. Gradient masking: no')
+    assert text.count('no sign of it.') == 1, 'the verdict stands once'
     assert '| FGSM Linf 8/255 | 100 | **20.00** | 20.00 (masked) |' in text, 'masked figures are never best'
-    assert 'JPEG compression' in text and 'ab' * 32 in text and 'val_fraction: 0.1' in text
+    assert 'JPEG compression' in text and 'ab' * 32 in text
     assert "timm.create_model('hf-hub:me/net', pretrained=True)" in text
-    assert "root: ''" not in text
+    assert 'pgd: {"steps": 20, "eps": ["2/255", "8/255"], "n": 50}\n' in text
+
+
+def test_the_printed_recipe_is_the_recipe():
+    text = make_card(entry()).text
+    assert yaml.safe_load(text.partition('```yaml\n')[2].partition('```')[0]) == RECIPE
+
+
+def test_what_is_said_of_the_method():
+    def card(recipe=RECIPE, **changes):
+        return make_card(entry(recipe=recipe, **changes)).text
+
+    assert 'BatchOut: while it trained, features of the first half of each mini-batch were pushed' in card()
+    noise = card({**RECIPE, 'model_args': {'noise': 'gaussian', 'k': 0.25}})
+    assert 'Gaussian feature noise' in noise and 'of 25% of each mini-batch' in noise and 'BatchOut: while' not in noise
+    both = card({**RECIPE, 'objective': {'name': 'fgsm', 'epsilon': 0.1}})
+    assert 'BatchOut: while' in both and 'together with FGSM adversarial training' in both and 'epsilon 0.1' in both
+    plain = card(batchout=False)
+    assert 'Method: plain training.' in plain and 'BatchOut adds no parameters' not in plain
+    assert 'BatchOut adds no parameters' in card()
+    assert 'batchout' not in make_card(entry(batchout=False)).data.tags
+    # A backbone of timm's: its recipe may be lost, but its config knows, and timm alone checks no hashes.
+    config = {'architecture': 'resnet18', 'trained_with': 'batchout_resnet18', 'pretrained_cfg': {'license': 'mit'}}
+    stock = make_card(entry(config=config, run={}))
+    assert 'BatchOut: while' in stock.text and 'plain timm loads it' in stock.text
+    assert 'the package checks it' in card() and 'the package checks it' not in stock.text
+    assert (stock.data.license, make_card(entry()).data.license) == ('mit', 'apache-2.0')
+
+
+def test_without_a_twin_nothing_is_best():
+    text = make_card(entry()).text
+    assert '| AutoAttack Linf 8/255 | 50 | 2.00 |' in text and 'Bold' not in text
+    assert text.count('no sign of it.') == 1
+    of_other_jpegs = report()
+    of_other_jpegs.data = 'JPEGs of my own'
+    assert 'went through JPEG' not in make_card(entry(report=of_other_jpegs)).text
+
+
+def test_images_of_different_nets_are_not_compared():
+    ours, theirs = report(), report('plain')
+    for one, source in ((ours, 'a' * 64), (theirs, 'b' * 64)):
+        one.scores.append(Score('transfer', '8/255', 'Linf', 8 / 255, 30 + (one is ours), 100))
+        one.settings['transfer'] = {'steps': 20, 'source_sha256': source}
+    text = make_card(entry(report=ours, twin=theirs, nets={'a' * 64: 'plain'})).text
+    assert '| PGD on another net Linf 8/255 | 100 | 31.00 | 30.00 |' in text
+    assert 'this model were crafted on `plain`, ' in text and 'crafted on weights with the hash bbbbbbbbbbbb...' in text
+    theirs.settings['transfer']['source_sha256'] = 'a' * 64
+    assert '| **31.00** | 30.00 |' in comparison([ours, theirs])
+
+
+def test_stages_of_autoattack_that_tell_nothing_new_are_left_out():
+    one, other = report(), report()
+    assert '| AutoAttack Linf 8/255 after apgd-ce | 50 | 4.00 |' in comparison([one])
+    one.score('autoattack', '8/255 after apgd-ce').correct = 1
+    assert 'apgd-ce' not in comparison([one])
+    assert 'apgd-ce' in comparison([one, other]), 'it tells something of the other'
+    one.scores.append(Score('deepfool', '1 iterations', 'L2', None, 60, 100))
+    assert '| DeepFool L2 1 iteration |' in comparison([one])
+
+
+def test_curves_in_rows_of_three(tmp_path):
+    one = report()
+    for attack in ('fgsm', 'pgd', 'pgd_l2', 'noise'):
+        norm = ATTACKS[attack].norm
+        one.scores += [
+            Score(attack, str(radius), norm, radius, 30, 100, masked=attack == 'pgd') for radius in (0.1, 0.2)
+        ]
+    draw_curves([one, report('twin')], tmp_path / 'curves.svg')
+    svg = (tmp_path / 'curves.svg').read_text()
+    assert len(re.findall(r'id="axes_\d+"', svg)) == 5
+    texts = re.findall(r'<!-- (.*?) -->', svg)
+    assert {'PGD Linf', 'PGD L2', 'twin', 'net', 'dashed: gradients masked, overstated'} <= set(texts)
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    assert 1 < width / height < 3, 'five panels in two rows'
 
 
 def test_masked_figures_say_so_in_the_metadata():
@@ -83,54 +172,99 @@ def test_masked_figures_say_so_in_the_metadata():
     assert 'Not attacked' in summary(masked)
 
 
-def test_the_gallery(tmp_path):
+@pytest.fixture
+def gallery(tmp_path):
     for name, clean, masked in (('b', 80, False), ('a', 90, True)):
         (tmp_path / name).mkdir()
-        results = {'repo': f'me/{name}', 'report': report(name, clean, masked).to_dict()}
-        (tmp_path / name / 'results.json').write_text(json.dumps(results))
+        made_up = report(name, clean, masked)
+        made_up.scores.append(Score('noise', '8/255', '', 8 / 255, 60, 100))
+        made_up.score('fgsm', '8/255').correct = 0
+        (tmp_path / name / 'results.json').write_text(json.dumps({'repo': f'me/{name}', 'report': made_up.to_dict()}))
     write_gallery(tmp_path)
-    table = (tmp_path / 'README.md').read_text()
-    # Clean, AutoAttack, PGD, then FGSM at two radii.
-    assert '| [a](a/README.md) | **90.00** | **2.00** | 20.00 (masked) | 50.00 (masked) | 20.00 (masked) |' in table
-    assert '| [b](b/README.md) | 80.00 | **2.00** | **20.00** | **50.00** | **20.00** |' in table
-    page = (tmp_path / 'index.html').read_text()
-    assert not re.findall(r'(?:src|href)="(?!#)', page), 'self-contained'
-
-    chromium = shutil.which('chromium') or shutil.which('google-chrome')
-    if not chromium:
-        pytest.skip('no Chromium here')
-    # A click on "clean" puts the best first, a second one last.
-    click = """<script>
-    const head = document.querySelectorAll('th')[1], names = () => [...document.querySelectorAll('tbody tr')]
-        .map(row => row.cells[0].textContent).join('');
-    const seen = [names()];
-    for (let i = 0; i < 2; i++) { head.click(); seen.push(names() + ' ' + head.getAttribute('aria-sort')); }
-    document.body.innerHTML = 'SEEN ' + seen.join(', ') + ' END';
-    </script></body>"""
-    (tmp_path / 'clicked.html').write_text(page.replace('</body>', click))
-    dom = subprocess.run(
-        [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync', f'--user-data-dir={tmp_path / "profile"}', '--dump-dom',
-         (tmp_path / 'clicked.html').as_uri()],
-        capture_output=True, text=True, timeout=120,
-    ).stdout  # fmt: skip
-    assert 'SEEN ab, ab descending, ba ascending END' in dom
+    return tmp_path
 
 
-@pytest.mark.skipif(not list(SITE.glob('*/results.json')), reason='no cards are staged in this checkout')
-def test_the_cards_in_the_repository_are_those_of_the_bundled_weights(tmp_path):
-    """Made by publish --all from the reports and weights that are here."""
-    from timm_batchout.zoo.weights import bundled_cards
+@pytest.fixture
+def browse(tmp_path):
+    """What a script sees of a page in headless Chromium: the text that it puts into ``seen``."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not browser:
+        pytest.skip(f'no browser here ({", ".join(BROWSERS)})')
 
-    for name, card in bundled_cards().items():
-        results = json.loads((SITE / name / 'results.json').read_text())
-        assert results['sha256'] == card['sha256'] == json.loads((SITE / name / 'config.json').read_text())['sha256']
-        assert results['run'] == card
-        reported = json.loads((SITE.parent / 'recipes' / 'paper' / 'reports' / f'{name}.json').read_text())
-        assert results['report'] == reported
-        clean = next(score for score in reported['scores'] if score['attack'] == 'clean')
-        assert clean['correct'] == card['test']['clean']['correct']
-    shutil.copytree(SITE, tmp_path / 'cards')
-    write_gallery(tmp_path / 'cards')
-    for name in ('README.md', 'index.html'):
-        assert (tmp_path / 'cards' / name).read_text() == (SITE / name).read_text()
+    def browse(page, script):
+        ending = (
+            f"<script>const seen = [];{script};document.body.innerHTML = 'SEEN ' + seen.join(', ') + ' END';</script>"
+        )
+        (tmp_path / 'scripted.html').write_text(page.read_text().replace('</body>', f'{ending}</body>'))
+        dom = subprocess.run(
+            [browser, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
+             '--disable-background-networking', '--disable-component-update', '--disable-dev-shm-usage',
+             f'--user-data-dir={tmp_path / "profile"}', '--dump-dom', (tmp_path / 'scripted.html').as_uri()],
+            capture_output=True, text=True, timeout=120,
+        ).stdout  # fmt: skip
+        return re.search('SEEN (.*) END', dom)[1]
+
+    return browse
+
+
+# Clicks on the first table's column "clean" twice; the order of the names, and of what the column says.
+CLICKS = """
+const head = document.querySelectorAll('th')[1], rows = () => [...document.querySelector('tbody').rows];
+const names = () => rows().map(row => row.cells[0].textContent).join(' ');
+seen.push(names());
+for (let i = 0; i < 2; i++) { head.click(); seen.push(names() + ' ' + head.getAttribute('aria-sort')); }
+"""
+
+
+def test_the_gallery(gallery):
+    table = (gallery / 'README.md').read_text()
+    heads = 'clean<br>n = 100 | AutoAttack Linf<br>8/255<br>n = 50 | PGD Linf<br>8/255<br>n = 50 | FGSM Linf<br>2/255'
+    assert heads in table and 'noise' not in table
+    assert '| [a](a/README.md) | **90.00** | **2.00** | 20.00 (masked) | 50.00 (masked) | 0.00 (masked) |' in table
+    assert '| [b](b/README.md) | 80.00 | **2.00** | **20.00** | **50.00** | 0.00 |' in table, '0.00 is never best'
+    assert_self_contained((gallery / 'index.html').read_text())
+
+
+def assert_self_contained(page):
+    assert not re.findall(r'(?:src|xlink:href|[^:]href)="(?!#)|@import|url\((?!#)', page)
+
+
+def test_the_gallery_sorts_in_a_browser(gallery, browse):
+    assert browse(gallery / 'index.html', CLICKS) == 'a b, a b descending, b a ascending'
+
+
+def test_the_page_in_the_repository_in_a_browser(browse):
+    script = """
+    const drawn = [...document.querySelectorAll('section svg')].filter(svg => svg.getBoundingClientRect().height > 100);
+    seen.push(drawn.length + ' drawn', performance.getEntriesByType('resource').length + ' requests');
+    """
+    page = SITE / 'index.html'
+    assert_self_contained(page.read_text())
+    *orders, drawn, requests = browse(page, CLICKS + script).split(', ')
+    assert (drawn, requests) == ('6 drawn', '0 requests')
+    names = orders[0].split()
+    accuracy = {
+        name: Report.from_dict(json.loads((SITE / name / 'results.json').read_text())['report']).score('clean').accuracy
+        for name in names
+    }
+    best_first = sorted(names, key=accuracy.__getitem__, reverse=True)
+    assert orders[1:] == [' '.join([*best_first, 'descending']), ' '.join([*best_first[::-1], 'ascending'])]
+
+
+def test_the_cards_in_the_repository_are_those_of_the_bundled_weights(tmp_path, monkeypatch):
+    """What publish --all makes of the reports and weights that are here, byte for byte."""
+    cards = bundled_cards()
+    monkeypatch.chdir(SITE.parent)
+    assert main(['publish', '--all', '--dry-run', '--cards', str(tmp_path)]) == 0
+    assert sorted(path.name for path in SITE.iterdir()) == sorted([*cards, 'README.md', 'index.html'])
+    for name, card in cards.items():
+        for file in ('README.md', 'config.json', 'results.json'):
+            assert (tmp_path / name / file).read_text() == (SITE / name / file).read_text(), (
+                'timm-batchout publish --all'
+            )
+        clean = Report.load(SITE.parent / 'recipes' / 'paper' / 'reports' / f'{name}.json').score('clean')
+        assert clean.correct == card['test']['clean']['correct']
+        shutil.copy(SITE / name / 'curves.svg', tmp_path / name)  # how it is drawn is matplotlib's affair
+    write_gallery(tmp_path)
+    for file in ('README.md', 'index.html'):
+        assert (tmp_path / file).read_text() == (SITE / file).read_text()

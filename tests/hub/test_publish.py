@@ -12,6 +12,7 @@ import torch
 
 import timm_batchout
 from timm_batchout.cli import main
+from timm_batchout.hub.publish import bundled, stage
 from timm_batchout.robustness import Report
 from timm_batchout.training.config import DataConfig
 from timm_batchout.training.data import load_split
@@ -100,7 +101,7 @@ def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images, reports):
     output = python(
         publish('--all', 'true', '--reports', reports, '--cards', cards, times=2), hub, tmp_path / 'a', 'hf_owner'
     )
-    assert output.count('pushed: README.md, config.json, curves.svg, results.json, model.safetensors') == 6
+    assert output.count('pushed: README.md, config.json, results.json, curves.svg, model.safetensors') == 6
     assert output.count('nothing has changed: nothing was pushed') == 6, 'the second time'
     assert len([request for request in hub.requests if '/commit/' in request]) == 6
     assert len([request for request in hub.requests if 'PUT' in request]) == 6
@@ -139,10 +140,23 @@ timm.create_model('hf-hub:timm-batchout/batchout_mnist_cnn.mnist', pretrained=Tr
 assert str(timm_batchout.__file__).startswith({str(slim)!r})
 try: timm.create_model('mnist_cnn', pretrained=True, cache_dir={str(tmp_path / 'c')!r})
 except ConnectionError as error: print(error)
+card = Path(timm_batchout.__file__).parent / 'zoo' / 'weights' / 'cifar_vgg.fgsm_at_cifar10.json'
+card.write_text(json.dumps({{**json.loads(card.read_text()), 'sha256': '0' * 64}}))
+timm.create_model('hf-hub:timm-batchout/cifar_vgg.fgsm_at_cifar10', pretrained=True)
+try: timm.create_model('cifar_vgg.fgsm_at_cifar10', pretrained=True)
+except ValueError as error: print(error)
 """
-    assert 'The Hub does not answer, and timm-batchout/mnist_cnn' in python(code, hub, tmp_path / 'b', package=slim)
-    offline = python(code, hub, tmp_path / 'b', package=slim, HF_HUB_OFFLINE='1')
-    assert 'is not in the cache, and huggingface_hub is set to be offline' in offline
+    down, foreign = python(code, hub, tmp_path / 'b', package=slim).splitlines()
+    assert 'The Hub does not answer, and timm-batchout/mnist_cnn' in down
+    assert 'timm-batchout says 000000000000' in foreign, 'by its own name, a model has the weights of its package'
+    code = """
+timm.create_model('hf-hub:timm-batchout/batchout_mnist_cnn.mnist', pretrained=True)
+try: timm.create_model('mnist_cnn', pretrained=True)
+except ConnectionError as error: print(error)
+"""
+    variables = {'HF_HUB_OFFLINE': '1', 'TIMM_BATCHOUT_HUB_NAMESPACE': 'me'}
+    offline = python(code, hub, tmp_path / 'b', package=slim, **variables)
+    assert 'me/mnist_cnn.baseline_mnist is not in the cache, and huggingface_hub is set to be offline' in offline
 
 
 def test_a_trained_twin_is_published_as_the_stock_net(hub, tmp_path):
@@ -152,6 +166,7 @@ from safetensors.torch import save_file
 from timm_batchout.robustness import evaluate
 args = dict(num_classes=10, eta=0.2)
 model = timm.create_model('batchout_test_resnet', **args)
+model.pretrained_cfg.update(mean=(0.3, 0.4, 0.5), std=(0.2, 0.2, 0.2))
 save_file(model.state_dict(), FOLDER / 'weights.safetensors')
 data = torch.rand(8, 3, 32, 32), torch.arange(8)
 evaluate(model.eval(), *data, ['fgsm'], ['0.1'], data='noise').save(FOLDER / 'report.json')
@@ -163,6 +178,7 @@ evaluate(model.eval(), *data, ['fgsm'], ['0.1'], data='noise').save(FOLDER / 're
     )  # fmt: skip
     assert 'exit 0' in python(code, hub, tmp_path / 'a', 'hf_owner')
     assert json.loads((tmp_path / 'cards' / 'resnet' / 'config.json').read_text())['architecture'] == 'test_resnet'
+    assert hub.load('alice/resnet')['private']
     assert '![Accuracy' not in (tmp_path / 'cards' / 'resnet' / 'README.md').read_text(), 'one radius is no curve'
     code = f"""
 from safetensors.torch import load_file
@@ -170,12 +186,14 @@ model = timm.create_model('hf-hub:alice/resnet', pretrained=True)
 there = load_file({str(tmp_path / 'weights.safetensors')!r})
 assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items())
 print(type(model).__name__, len(timm.list_models('batchout_*')))
+data = timm.data.resolve_model_data_config(model)
+print(*data['input_size'], *data['mean'], *data['std'])
 """
     environment = {**hub.environment('hf_owner', tmp_path / 'b'), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
         [sys.executable, '-c', f'import timm, torch\n{code}'], env=environment, capture_output=True, text=True
     )
-    assert done.stdout.strip() == 'ResNet 0', done.stderr
+    assert done.stdout == 'ResNet 0\n3 32 32 0.3 0.4 0.5 0.2 0.2 0.2\n', done.stderr  # as it was evaluated
 
 
 def test_pushing_against_the_wind(hub, tmp_path, reports):
@@ -197,7 +215,10 @@ for token in {tokens!r}:
     assert not [token for token in tokens if token and token in output]
     assert not hub.repo_ids()
     hub.drop_uploads, hub.stale_commits = 1, 1
-    assert 'exit 0' in python(publish(*arguments), hub, tmp_path / 'a', 'hf_owner')
+    code = publish(*arguments) + publish(*arguments, '--private', 'true')
+    output = python(code, hub, tmp_path / 'a', 'hf_owner')
+    assert 'exit 0' in output and 'exit 2' in output
+    assert f'error: timm-batchout/{name} is there already, and public: nothing was pushed.' in output
     assert len([request for request in hub.requests if '/upload/' in request]) == 2, 'the first one broke off'
     commits = [request for request in hub.requests if '/commit/' in request]
     assert len(commits) == 2, 'the first was stale, the second stood on what had come in between'
@@ -217,44 +238,128 @@ evil = {
     'code': {**good, 'pretrained_cfg': {**good['pretrained_cfg'], 'custom_load': True, 'file': '/etc/passwd'}},
     'pickle': good,
     'swapped': {**good, 'sha256': '0' * 64},
+    'upper': {**good, 'sha256': good['sha256'].upper()},
+    'number': {**good, 'sha256': 5},
+    'list': [good],
+    'private': good,
+    'gated': good,
 }
 torch.save({}, TMP / 'pickle.bin')
 for repo, config in evil.items():
-    api.create_repo(f'alice/{repo}')
+    api.create_repo(f'alice/{repo}', private=repo == 'private')
     file = ('pytorch_model.bin', TMP / 'pickle.bin') if repo == 'pickle' else ('model.safetensors', weights)
     operations = [CommitOperationAdd('config.json', json.dumps(config).encode()), CommitOperationAdd(*file)]
     api.create_commit(f'alice/{repo}', operations, commit_message='x')
+api.update_repo_settings('alice/gated', gated='manual')
 """
     config = tmp_path / 'cards' / 'good' / 'config.json'
     code = publish(*arguments, 'alice/good') + f'TMP, CONFIG = Path({str(tmp_path)!r}), {str(config)!r}\n{code}'
     python(code, hub, tmp_path / 'a', 'hf_owner')
     hub.corrupt = {'model.safetensors'}
     load = """
-def load(repo):
+from huggingface_hub import try_to_load_from_cache
+from timm_batchout.zoo.hub_weights import fetch
+def told(label, call, *args, **kwargs):
     try:
-        timm.create_model(f'hf-hub:alice/{repo}', pretrained=True)
-        print(repo, 'loaded')
+        call(*args, **kwargs)
+        print(label, 'loaded')
     except Exception as error:
-        print(repo, type(error).__name__, error)
+        print(label, type(error).__name__, error)
+def load(*repos):
+    for repo in repos: told(repo, timm.create_model, f'hf-hub:alice/{repo}', pretrained=True)
+def cached(repo, file):
+    return isinstance(try_to_load_from_cache(f'alice/{repo}', file), str)
 """
     output = python(f'{load}\nload("good")', hub, tmp_path / 'b')
     assert 'good ValueError' in output and 'deleted from the cache' in output
     hub.corrupt = set()
-    repos = ['good', 'unknown', 'elsewhere', 'code', 'pickle', 'swapped']
-    output = python(f'{load}\nfor repo in {repos}: load(repo)', hub, tmp_path / 'b')
-    lines = {line.split()[0]: line for line in output.splitlines() if line.split()[0] in repos}
-    assert lines['good'] == 'good loaded', 'the cache was not poisoned'
+    repos = ['good', 'unknown', 'elsewhere', 'code', 'pickle', 'swapped', 'upper', 'number', 'private', 'gated']
+    code = f"""{load}
+load(*{repos})
+print('kept', cached('swapped', 'config.json'), cached('swapped', 'model.safetensors'))
+told('list', fetch, 'alice/list')
+digest = {bundled_cards()[name]['sha256'].encode()!r}
+damages = {{'byte': lambda old: old[:9] + b'\\xff' + old[10:], 'digit': lambda old: old.replace(digest, digest[::-1])}}
+for label, damage in damages.items():
+    config = Path(try_to_load_from_cache('alice/good', 'config.json')).resolve()
+    config.write_bytes(damage(config.read_bytes()))
+    told(label, fetch, 'alice/good')
+    print(label + '-kept', cached('good', 'config.json'), cached('good', 'model.safetensors'))
+    told(label + '-again', fetch, 'alice/good')
+"""
+    output = python(code, hub, tmp_path / 'b')
+    lines = dict(line.split(' ', 1) for line in output.splitlines() if ' ' in line)
+    assert lines['good'] == lines['upper'] == 'loaded', 'the cache was not poisoned'
     assert 'Unknown model' in lines['unknown']
     # Neither the other file nor the code is followed: the checked weights are read, and nothing else.
-    assert lines['elsewhere'] == 'elsewhere loaded' and lines['code'] == 'code loaded'
+    assert lines['elsewhere'] == lines['code'] == 'loaded'
     assert 'holds no model.safetensors' in lines['pickle']
-    assert 'swapped ValueError' in lines['swapped']
+    assert lines['swapped'].startswith('ValueError') and lines['kept'] == 'False False', 'either may be the damaged one'
+    assert 'must be text, got 5' in lines['number'] and 'must be a JSON object' in lines['list']
+    assert lines['private'].startswith('RepositoryNotFoundError') and lines['gated'].startswith('GatedRepoError')
+    for damage in ('byte', 'digit'):
+        assert lines[damage].startswith('ValueError config.json of alice/good was damaged')
+        assert lines[f'{damage}-kept'] == 'False True' and lines[f'{damage}-again'] == 'loaded'
     assert not [request for request in hub.requests if 'passwd' in request or 'bin' in request.split('/')[-1][-4:]]
 
 
-def test_reports_of_other_weights_are_refused(tmp_path, reports):
-    from timm_batchout.hub.publish import bundled, stage
+def test_what_is_staged_tells_nothing_of_this_machine(tmp_path, reports):
+    """Neither where its files lay, nor what else lies in the folder of the card."""
+    file, run = bundled('mnist_cnn.baseline_mnist')
+    recipe = {
+        **run['recipe'],
+        'data': {**run['recipe']['data'], 'root': str(tmp_path / 'data')},
+        'output': str(tmp_path / 'runs' / 'x'),
+        'model_args': {'features': [str(tmp_path / 'pretrained.safetensors')]},
+    }
+    report = Report.load(reports / 'mnist_cnn.baseline_mnist.json')
+    report.model = str(tmp_path / 'runs' / 'x' / 'model.safetensors')
+    twin = Report.load(reports / 'mnist_cnn.fgsm_at_mnist.json')
+    twin.model = str(tmp_path / 'runs' / 'y' / 'model.safetensors')
+    cards = tmp_path / 'cards'
+    staged = stage('mnist_cnn', file, report, {**run, 'recipe': recipe}, cards, 'me/net', twin)
+    (cards / 'net' / '.env').write_text('HF_TOKEN=hf_mine')
+    (cards / 'net' / 'notes.md').write_text('mine')
+    assert list(staged.files()) == ['README.md', 'config.json', 'results.json', 'curves.svg', 'model.safetensors']
+    for name in ('README.md', 'config.json', 'results.json', 'curves.svg'):
+        text = staged.files()[name].read_text()
+        assert str(tmp_path) not in text and '/home' not in text, name
+    assert 'pretrained.safetensors' in (cards / 'net' / 'README.md').read_text()
+    assert recipe['data']['root'] and report.model.startswith('/'), 'the caller keeps what it had'
 
+    report.scores = [score for score in report.scores if score.attack == 'clean']
+    staged = stage('mnist_cnn', file, report, run, cards, 'me/net')
+    assert 'curves.svg' not in staged.files(), 'one of an earlier report is no figure of this one'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--all', '--repo', 'me/net'], '--repo: for one model'),
+        (['--all', '--twin', 'x.json', '--model_args', '{num_classes: 5}'], '--twin, --model_args: for one model'),
+        (['--all', '--model', 'mnist_cnn'], 'Name one model'),
+        ([], 'Name one model'),
+        (['mnist_cnn'], 'with its report'),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message, tmp_path, capsys):
+    assert main(['publish', *arguments, '--cards', str(tmp_path), '--dry_run', 'true']) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_that_is_down_is_an_error_in_one_line(tmp_path, reports, monkeypatch, capsys):
+    def refuse(*args):
+        raise ConnectionRefusedError('nobody there')
+
+    monkeypatch.setattr('socket.socket.connect', refuse)
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    name = 'mnist_cnn.baseline_mnist'
+    assert main(['publish', name, '--report', str(reports / f'{name}.json'), '--cards', str(tmp_path)]) == 2
+    assert f'error: The Hub does not answer, timm-batchout/{name} was not pushed' in capsys.readouterr().err
+
+
+def test_reports_of_other_weights_are_refused(tmp_path, reports):
     file, run = bundled('mnist_cnn.baseline_mnist')
     report = Report.load(reports / 'mnist_cnn.fgsm_at_mnist.json')
     with pytest.raises(ValueError, match='not of these weights'):

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -22,7 +22,7 @@ CITATION = """@inproceedings{subramanya2018batchout,
   booktitle={ICVGIP},
   year={2018}
 }"""
-METHODS = {'fgsm': 'FGSM adversarial training', 'plain': 'plain training'}
+JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of the bundled CIFAR-10 weights
 
 
 @dataclass
@@ -32,23 +32,31 @@ class Entry:
     Attributes:
         name: Of its repository, without namespace.
         repo: 'namespace/name'.
-        architecture: That timm creates; the stock one for a BatchOut-trained timm backbone.
-        config: Of config.json.
+        config: Of config.json. Its architecture is the stock one for a BatchOut-trained timm backbone.
         report: What attacks do to it.
         run: The recipe and the metrics of its training; empty if they are not known.
         sha256: Of the weights file.
         twin: The report of the same net without defence, if there is one.
+        nets: Names of nets by the ``weights_sha256`` of their reports: some were attacked with images of others.
     """
 
     name: str
     repo: str
-    architecture: str
     config: dict[str, Any]
     report: Report
     run: dict[str, Any]
     sha256: str
     twin: Report | None = None
-    license: str = 'apache-2.0'
+    nets: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        return self.config['architecture']
+
+    @property
+    def license(self) -> str:
+        """Of the weights that training started from, where timm knows it."""
+        return self.config.get('pretrained_cfg', {}).get('license') or 'apache-2.0'
 
     @property
     def has_curves(self) -> bool:
@@ -62,8 +70,13 @@ class Entry:
 
     @property
     def batchout(self) -> bool:
-        """Trained with BatchOut, as far as the recipe tells; else as the report's model says."""
-        return str(self.recipe.get('model', self.report.model)).startswith('batchout_')
+        """Trained with BatchOut."""
+        return str(self.config.get('trained_with', '')).startswith('batchout_')
+
+    @property
+    def needs_package(self) -> bool:
+        """The architecture is one of this package's own: plain timm does not know it."""
+        return self.architecture.removeprefix('batchout_') in ('mnist_cnn', 'cifar_vgg')
 
 
 def make_card(entry: Entry) -> ModelCard:
@@ -72,7 +85,7 @@ def make_card(entry: Entry) -> ModelCard:
     Raises:
         ValueError: The report lacks the clean score.
     """
-    dataset = DATASETS.get(entry.report.data.split()[0], '')
+    dataset = DATASETS.get(entry.report.data.partition(' ')[0], '')
     data = ModelCardData(
         model_name=entry.name,
         library_name='timm',
@@ -105,7 +118,7 @@ def make_card(entry: Entry) -> ModelCard:
 
 def eval_results(report: Report) -> list[EvalResult]:
     """For the Hub's model-index: clean, and the main variants of FGSM, PGD, AutoAttack and DeepFool."""
-    dataset = DATASETS.get(report.data.split()[0], report.data)
+    dataset = DATASETS.get(report.data.partition(' ')[0], report.data)
     results = []
     for score in report.scores:
         if not _headline(score):
@@ -120,10 +133,10 @@ def eval_results(report: Report) -> list[EvalResult]:
         )
         settings = report.settings.get(score.attack, {})
         args = {
+            **settings,
             'n': score.n,
             'norm': score.norm or None,
-            'eps': score.variant if score.radius is not None else None,
-            **settings,
+            'eps': score.variant if score.radius is not None else None,  # of the settings' list, the one of this score
         }
         config = 'clean' if score.attack == 'clean' else f'{score.norm}-{score.variant}'.strip('-')
         label = f'{name} (masked: overstated)' if score.masked else name
@@ -144,7 +157,7 @@ def eval_results(report: Report) -> list[EvalResult]:
                     metric_type='median_distance',
                     metric_name=f'{name}, median L2 distance in [0, 1] pixels',
                     metric_config=f'{score.attack} distance',
-                    metric_args={'n': score.n, **settings},
+                    metric_args={**settings, 'n': score.n},
                     metric_value=round(score.median_distance, 4),
                 )
             )
@@ -179,41 +192,68 @@ def summary(report: Report) -> str:
 
 
 def _what(entry: Entry) -> str:
-    method = METHODS.get(entry.recipe.get('objective', {}).get('name', ''), 'training')
-    if entry.batchout:
-        method = (
-            'BatchOut: while it trained, features of the first half of each mini-batch were pushed a little toward '
-            'those of other images of the batch. The weights are those of a plain net; at test time nothing is added'
+    methods = [_batchout(entry.recipe.get('model_args', {}))] if entry.batchout else []
+    objective = entry.recipe.get('objective', {})
+    if objective.get('name') == 'fgsm':
+        methods.append(
+            'FGSM adversarial training: the first half of each mini-batch was replaced by its FGSM images '
+            f'(epsilon {objective["epsilon"]:.4g} of the pixel range)'
         )
-    return f'`{entry.architecture}`, trained on {entry.report.data}. Method: {method}.'
+    if not methods:
+        methods.append('plain training' if entry.run else 'not recorded')
+    return f'`{entry.architecture}`, trained on {entry.report.data}. Method: {"; together with ".join(methods)}.'
+
+
+def _batchout(options: dict[str, Any]) -> str:
+    """The method in words, by the options that differ from the paper's."""
+    k, first = options.get('k', 0.5), options.get('select', 'first') == 'first'
+    whose = f'{"the first half" if first and k == 0.5 else f"{k:.0%}"} of each mini-batch'
+    if options.get('noise') == 'gaussian':
+        method = f'Gaussian feature noise (the control for BatchOut): while it trained, features of {whose} were noised'
+    else:
+        method = (
+            f'BatchOut: while it trained, features of {whose} were pushed a little toward those of other images of '
+            'the batch'
+        )
+    return f'{method}. The weights are those of a plain net; at test time nothing is added'
 
 
 def _robustness(entry: Entry) -> str:
-    report = entry.report
-    lines = []
-    if entry.twin:
-        lines += [comparison([report, entry.twin], ['this model', 'without defence']), '']
-    else:
-        lines += [report.table(), '']
-    lines.append(
+    report, twin = entry.report, entry.twin
+    reports = [report, twin] if twin else [report]
+    bold = ' Bold: the better one, where gradients can be trusted and both were attacked alike.' if twin else ''
+    lines = [
+        comparison(reports, ['this model', 'without defence'][: len(reports)]),
+        '',
         'An image counts as right if it is right before the attack and after it. The images are drawn at random from '
         f'the test set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '
-        f'either side for the smallest n here. Radii and distances are in [0, 1] pixels. '
-        'Bold: the better one, where gradients can be trusted.'
-    )
-    if report.audit:
+        f'either side for the smallest n here. Radii and distances are in [0, 1] pixels.{bold}',
+    ]
+    if crafted := _crafted(entry):
+        lines += ['', crafted]
+    if report.audit and report.audit['n']:
         audit = report.audit
-        lines += ['', f'**Gradient masking: {audit["verdict"]}**']
-        if audit['n']:
-            pgd = ', '.join(f'{100 * share:.1f}% ({loss})' for loss, share in audit['pgd'].items())
-            free = ', '.join(f'{100 * share:.1f}%' for share in audit['unbounded'].values())
-            lines += [
-                '',
-                f'Of {audit["n"]} images classified right, {audit["zero_gradients"]:.1%} have an input gradient of '
-                f'exactly zero. PGD at radius {audit["radius"]:.4g} leaves right, by its loss: {pgd}; without '
-                f'a bound: {free}. The logits have a standard deviation of {audit["logit_std"]:.1f}.',
-            ]
+        pgd = ', '.join(f'{100 * share:.1f}% ({loss})' for loss, share in audit['pgd'].items())
+        free = ', '.join(f'{100 * share:.1f}%' for share in audit['unbounded'].values())
+        lines += [
+            '',
+            f'What the audit for gradient masking measured: of {audit["n"]} images classified right, '
+            f'{audit["zero_gradients"]:.1%} have an input gradient of exactly zero. PGD at radius '
+            f'{audit["radius"]:.4g} leaves right, by its loss: {pgd}; without a bound: {free}. The logits have a '
+            f'standard deviation of {audit["logit_std"]:.1f}.',
+        ]
     return '\n'.join(lines)
+
+
+def _crafted(entry: Entry) -> str:
+    """On which net the images of 'transfer' were made; '' if it was not run."""
+    crafted = []
+    for whose, report in (('this model', entry.report), ('the net without defence', entry.twin)):
+        source = report.settings.get('transfer', {}).get('source_sha256') if report else None
+        if source:
+            net = f'`{entry.nets[source]}`' if source in entry.nets else f'weights with the hash {source[:12]}...'
+            crafted.append(f'those against {whose} were crafted on {net}')
+    return f"'{ATTACKS['transfer'].title}' takes images of another net: {', '.join(crafted)}." if crafted else ''
 
 
 def _widest(scores: Sequence[Score]) -> float:
@@ -221,20 +261,17 @@ def _widest(scores: Sequence[Score]) -> float:
 
 
 def _loading(entry: Entry) -> str:
-    needs = entry.config['architecture'] != entry.architecture or entry.architecture in ('mnist_cnn', 'cifar_vgg')
-    plugin = needs or entry.architecture.startswith('batchout_')
     load = f"model = timm.create_model('hf-hub:{entry.repo}', pretrained=True).eval()"
-    if plugin:
-        text = f'```python\nimport timm, timm_batchout  # pip install timm-batchout\n\n{load}\n```'
-        plain = entry.architecture.removeprefix('batchout_')
-        text += (
-            f'\n\nThe state_dict is that of the plain `{plain}`; BatchOut adds no parameters. '
-            'Without the package, `safetensors.torch.load_file("model.safetensors")` gives the tensors.'
-        )
+    if entry.needs_package:
+        text = f'```python\nimport timm, timm_batchout  # pip install timm-batchout\n\n{load}\n```\n\n'
+        if entry.batchout:
+            plain = entry.architecture.removeprefix('batchout_')
+            text += f'The state_dict is that of the plain `{plain}`; BatchOut adds no parameters. '
+        text += 'Without the package, `safetensors.torch.load_file("model.safetensors")` gives the tensors.'
     else:
-        text = f'```python\nimport timm  # plain timm loads it\n\n{load}\n```'
-        text += (
-            f'\n\nTo train it further with BatchOut: `import timm_batchout` and '
+        text = (
+            f'```python\nimport timm  # plain timm loads it\n\n{load}\n```\n\n'
+            f'To train it further with BatchOut: `import timm_batchout` and '
             f"`timm.create_model('batchout_{entry.architecture}', checkpoint_path=...)`."
         )
     size = entry.report.preprocessing
@@ -251,12 +288,12 @@ def _short(values: Sequence[float]) -> list[float]:
 def _training(entry: Entry) -> str:
     if not entry.run:
         return 'The training run was not recorded.'
-    recipe = _trimmed(entry.recipe)
+    recipe = entry.recipe
     lines = [f'Data: {entry.report.data}.']
     if 'data' in recipe:
         share = 1 - recipe['data'].get('val_fraction', 0)
-        lines.append(f'{share:.0%} of its training set; the rest chose hyperparameters, the test set chose nothing.')
-    if 'JPEG' in entry.report.data:
+        lines.append(f'{share:.0%} of its training set; the rest was held out for validation.')
+    if entry.report.data == JPEG:
         lines.append(
             '**The images are a copy of the data set that went through JPEG compression (quality 75), not the original '
             'files: accuracies differ a little from those on the originals.**'
@@ -274,12 +311,6 @@ def _training(entry: Entry) -> str:
     )
 
 
-def _trimmed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Without what is empty or off."""
-    inner = {name: _trimmed(value) if isinstance(value, dict) else value for name, value in recipe.items()}
-    return {name: value for name, value in inner.items() if value or (value == 0 and name == 'seed')}
-
-
 def _limits(entry: Entry) -> str:
     return (
         'For research on robustness, and as a baseline. It is not a defence to rely on: no guarantee stands behind any '
@@ -294,13 +325,14 @@ def _files(entry: Entry) -> str:
     versions = ', '.join(
         f'{name} {entry.report.environment[name]}' for name in names if name in entry.report.environment
     )
-    attacks = {name: settings for name, settings in entry.report.settings.items() if name in ATTACKS}
-    return '\n'.join(
-        [
-            f'`model.safetensors` has the sha256 `{entry.sha256}`; the package checks it after every download.',
-            '',
-            f'Evaluated with {versions} on {entry.report.environment.get("hardware", "?")}, batch size '
-            f'{entry.report.batch_size}, seed {entry.report.seed}. Settings of the attacks: `{json.dumps(attacks)}`. '
-            'All scores are in results.json.',
-        ]
-    )
+    settings = '\n'.join(f'{name}: {json.dumps(values)}' for name, values in entry.report.settings.items())
+    checked = '; the package checks it whenever it loads the weights' if entry.needs_package else ''
+    lines = [
+        f'`model.safetensors` has the sha256 `{entry.sha256}`{checked}. All scores are in results.json.',
+        '',
+        f'Evaluated with {versions} on {entry.report.environment.get("hardware", "?")}, batch size '
+        f'{entry.report.batch_size}, seed {entry.report.seed}.',
+    ]
+    if settings:
+        lines += ['', 'Settings of the attacks:', '', f'```yaml\n{settings}\n```']
+    return '\n'.join(lines)

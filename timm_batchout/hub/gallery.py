@@ -7,10 +7,11 @@ from typing import Any
 
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness import Report
-from timm_batchout.robustness.report import Score, title
+from timm_batchout.robustness.report import Score, cell, title
 
 __all__ = ['write_gallery']
 
+CONTROLS = ('noise', 'corruptions', 'transfer')  # no attacks on the model itself: they stand in the cards
 FIRST = ('clean', 'autoattack', 'autoattack_l2', 'pgd', 'pgd_l2', 'ddn')
 
 
@@ -29,13 +30,19 @@ Tables = list[tuple[str, list[tuple[str, Report]]]]
 
 
 def _columns(reports: list[Report]) -> list[tuple[str, str]]:
-    """Clean first, then the strongest attacks; without the stages and iterations in between."""
+    """Clean first, then the strongest attacks; without the stages and iterations in between, and without controls."""
     keys: dict[tuple[str, str], None] = {}
     for score in (score for report in reports for score in report.scores):
         last = score.attack.startswith('deepfool') and score.variant == '5 iterations'
-        if score.attack == 'clean' or score.radius is not None or last:
+        if score.attack not in CONTROLS and (score.attack == 'clean' or score.radius is not None or last):
             keys[score.key] = None
     return sorted(keys, key=lambda key: FIRST.index(key[0]) if key[0] in FIRST else len(FIRST))
+
+
+def _head(reports: list[Report], key: tuple[str, str]) -> list[str]:
+    """The lines of a column's head: attack, variant, images."""
+    counts = sorted({scores[key].n for scores in map(_scores, reports) if key in scores})
+    return [title(key[0], ''), *filter(None, [key[1]]), f'n = {" or ".join(map(str, counts))}']
 
 
 def _scores(report: Report) -> dict[tuple[str, str], Score]:
@@ -46,37 +53,29 @@ def _markdown(tables: Tables) -> str:
     lines = [
         '# The zoo',
         '',
-        'Written by `timm-batchout publish --all true` from the results.json of each model. Accuracy in percent; '
-        '"masked": the audit found that gradients mislead this attack, so that the number overstates robustness. '
-        'The same as a page, with curves: index.html.',
+        'Written by `timm-batchout publish --all` from the results.json of each model. Accuracy in percent; '
+        '"masked": the audit found that gradients mislead this attack, so that the number overstates robustness; '
+        'bold: the best of a column. Intervals and controls are in the cards. As a page, with curves: index.html.',
         '',
     ]
     for data, models in tables:
         keys = _columns([report for _, report in models])
-        lines += [f'## {data}', '', f'| | {" | ".join(title(*key) for key in keys)} | gradient masking |']
+        heads = ['<br>'.join(_head([report for _, report in models], key)) for key in keys]
+        lines += [f'## {data}', '', f'| | {" | ".join(heads)} | gradient masking |']
         lines.append('|---' * (len(keys) + 2) + '|')
         best = {key: _best([report for _, report in models], key) for key in keys}
         for repo, report in models:
             scores = _scores(report)
-            cells = [_cell(scores.get(key), best[key]) for key in keys]
+            cells = [cell(scores.get(key), best[key]) for key in keys]
             name = repo.split('/')[1]
             lines.append(f'| [{name}]({name}/README.md) | {" | ".join(cells)} | {_masking(report)} |')
         lines.append('')
     return '\n'.join(lines)
 
 
-def _best(reports: list[Report], key: tuple[str, str]) -> float | None:
+def _best(reports: list[Report], key: tuple[str, str]) -> float:
     scores = [_scores(report).get(key) for report in reports]
-    return max((score.accuracy for score in scores if score and not score.masked), default=None)
-
-
-def _cell(score: Score | None, best: float | None) -> str:
-    if score is None:
-        return ''
-    text = f'{100 * score.accuracy:.2f}'
-    if score.masked:
-        return f'{text} (masked)'
-    return f'**{text}**' if score.accuracy == best else text
+    return max((score.accuracy for score in scores if score and not score.masked), default=0)
 
 
 def _masking(report: Report) -> str:
@@ -90,7 +89,8 @@ def _page(tables: Tables, cards: Path) -> str:
     sections = []
     for data, models in tables:
         keys = _columns([report for _, report in models])
-        head = ''.join(f'<th>{html.escape(text)}</th>' for text in ['model', *(title(*key) for key in keys), 'masking'])
+        heads = [['model'], *(_head([report for _, report in models], key) for key in keys), ['masking']]
+        head = ''.join(f'<th>{"<br>".join(map(html.escape, lines))}</th>' for lines in heads)
         rows = ''.join(_row(repo, report, keys) for repo, report in models)
         sections.append(
             f'<h2>{html.escape(data)}</h2>\n<div class="wide"><table><thead><tr>{head}</tr></thead>\n'
@@ -101,10 +101,10 @@ def _page(tables: Tables, cards: Path) -> str:
             curves = cards / name / 'curves.svg'
             verdict = report.audit['verdict'] if report.audit else 'not checked.'
             sections.append(
-                f'<details id="{html.escape(name)}"><summary>{html.escape(repo)}</summary>\n'
+                f'<section id="{html.escape(name)}"><h3>{html.escape(repo)}</h3>\n'
                 f'<p>Gradient masking: {html.escape(verdict)}</p>\n'
                 f"<pre>timm.create_model('hf-hub:{html.escape(repo)}', pretrained=True)</pre>\n"
-                f'{_inline(curves, name)}</details>\n'
+                f'{_inline(curves, name)}</section>\n'
             )
     return PAGE.replace('{sections}', ''.join(sections))
 
@@ -148,14 +148,14 @@ PAGE = """<!DOCTYPE html>
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: bottom; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th, td { vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 th { cursor: pointer; font-weight: 600; }
 th[aria-sort]::after { content: " \\25be"; }
 th[aria-sort=ascending]::after { content: " \\25b4"; }
 .masked { color: #999; font-style: italic; }
-details { margin: .5rem 0; }
-details svg { max-width: 100%; height: auto; }
+section svg { max-width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: .5rem; overflow-x: auto; }
 </style>
 </head>

@@ -3,14 +3,14 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_config_for_hf
 
@@ -25,6 +25,7 @@ from timm_batchout.zoo.weights import FOLDER, bundled_cards
 
 __all__ = ['Staged', 'bundled', 'push', 'stage']
 
+CARD_FILES = ('README.md', 'config.json', 'results.json', 'curves.svg')  # nothing else in the folder goes up
 TRIES = 3  # when others push to the same repository at the same time
 
 
@@ -38,7 +39,7 @@ class Staged:
 
     def files(self) -> dict[str, Path]:
         """Path in the repository -> file here."""
-        cards = {path.name: path for path in sorted(self.folder.iterdir()) if not path.name.endswith('.tmp')}
+        cards = {name: self.folder / name for name in CARD_FILES if (self.folder / name).is_file()}
         return {**cards, WEIGHTS: self.weights}
 
 
@@ -63,8 +64,9 @@ def stage(
     repo: str = '',
     twin: Report | None = None,
     model_args: dict[str, Any] | None = None,
+    nets: dict[str, str] | None = None,
 ) -> Staged:
-    """Write all of a repository but the weights to ``cards/NAME``.
+    """Write all of a repository but the weights to ``cards/NAME``; without places on this machine.
 
     Args:
         model: timm's name. BatchOut twins of timm's nets are published under the stock architecture.
@@ -75,6 +77,7 @@ def stage(
         repo: 'namespace/name'; by default the model's name in the default namespace.
         twin: The report of the same net without defence, for comparison.
         model_args: Of the architecture, e.g. ``num_classes``.
+        nets: Names of nets by the ``weights_sha256`` of their reports, for those whose images attacked this one.
 
     Raises:
         ValueError: Weights that are not safetensors, a report of other weights, a name that the Hub does not allow.
@@ -91,14 +94,19 @@ def stage(
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = cards / repo.split('/')[1]
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(net, {'sha256': digest, 'trained_with': run.get('recipe', {}).get('model', model)})
-    architecture = config['architecture']
-    entry = Entry(folder.name, repo, architecture, config, report, run, digest, twin)
+    run = _without_places(run)
+    report = replace(report, model=folder.name)  # evaluate names it by the path of its checkpoint
+    twin = replace(twin, model='without defence') if twin else None
+    trained_with = run.get('recipe', {}).get('model', model)
+    config = _config(net, report.preprocessing, {'sha256': digest, 'trained_with': trained_with})
+    entry = Entry(folder.name, repo, config, report, run, digest, twin, nets or {})
     results = {'repo': repo, 'report': report.to_dict(), 'run': run, 'sha256': digest}
     write_atomically(folder / 'config.json', json.dumps(config, indent=2) + '\n')
     write_atomically(folder / 'results.json', json.dumps(results, indent=1) + '\n')
     if entry.has_curves:
         draw_curves([report, *([twin] if twin else [])], folder / 'curves.svg')
+    else:
+        (folder / 'curves.svg').unlink(missing_ok=True)  # of an earlier report
     card = make_card(entry)
     write_atomically(folder / 'README.md', card.content)
     return Staged(repo, folder, weights)
@@ -108,19 +116,43 @@ def _plain(model: str, weights: Path, model_args: dict[str, Any]) -> Any:
     """The net as it is published: BatchOut twins of timm's architectures as timm's own."""
     net: Any = timm.create_model(model, checkpoint_path=str(weights), **model_args)
     architecture = net.pretrained_cfg['architecture']
-    if architecture == model.partition('.')[0]:
+    twin, _, tag = model.partition('.')
+    if architecture == twin:
         return net
     hooked = {field.name for field in fields(BatchOutConfig)}
     own = {name: value for name, value in model_args.items() if name not in hooked}
-    return timm.create_model(architecture, checkpoint_path=str(weights), **own)
+    name = f'{architecture}.{tag}' if tag else architecture  # the licence and the preprocessing are the tag's
+    return timm.create_model(name, checkpoint_path=str(weights), **own)
 
 
-def _config(net: Any, extra: dict[str, Any]) -> dict[str, Any]:
-    """config.json, as timm writes it; it ignores what else stands at its root."""
+def _config(net: Any, preprocessing: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """config.json, as timm writes it, with the preprocessing that was evaluated; timm ignores ``extra`` at its root."""
+    mean, std = ([round(value, 6) for value in preprocessing[name]] for name in ('mean', 'std'))  # were float32
+    data = {'input_size': tuple(preprocessing['input_size']), 'mean': tuple(mean), 'std': tuple(std)}
     with TemporaryDirectory() as folder:
         path = Path(folder) / 'config.json'
-        save_config_for_hf(net, str(path), model_config=extra)
+        save_config_for_hf(net, str(path), model_config=extra, data_config=data)
         return json.loads(path.read_text())
+
+
+def _without_places(run: dict[str, Any]) -> dict[str, Any]:
+    """A copy that does not tell where files lay on the machine that trained."""
+    run = _shortened(run)
+    recipe = run.get('recipe', {})
+    if 'output' in recipe:
+        recipe['output'] = ''
+    if 'root' in recipe.get('data', {}):
+        recipe['data']['root'] = ''
+    return run
+
+
+def _shortened(value: Any) -> Any:
+    """A copy in which absolute paths are their last part."""
+    if isinstance(value, dict):
+        return {key: _shortened(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shortened(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def push(staged: Staged, private: bool = False) -> list[str]:
@@ -128,16 +160,35 @@ def push(staged: Staged, private: bool = False) -> list[str]:
 
     The token comes from ``hf auth login`` or HF_TOKEN, and is seen by huggingface_hub alone.
 
+    Args:
+        staged: What ``stage`` wrote.
+        private: Create the repository as a private one.
+
     Returns:
         The files that went up; none if nothing has changed.
 
     Raises:
+        ValueError: ``private``, and the repository is there and public.
+        ConnectionError: The Hub does not answer.
         huggingface_hub.errors.HfHubHTTPError: No token, no right to write, or others kept pushing.
     """
-    api = HfApi()
+    try:
+        return _push(HfApi(), staged, private)
+    except HTTPError as error:  # of the HTTP library; the Hub's refusals are among them
+        if isinstance(error, HfHubHTTPError):
+            raise
+        raise ConnectionError(f'The Hub does not answer, {staged.repo} was not pushed: {error}') from error
+
+
+def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
     api.create_repo(staged.repo, private=private, exist_ok=True)
     for attempt in range(TRIES):
         info = api.model_info(staged.repo, files_metadata=True)
+        if private and not info.private:
+            raise ValueError(
+                f'{staged.repo} is there already, and public: nothing was pushed. --private is for new repositories; '
+                'make this one private in its settings on the Hub, or leave --private out.'
+            )
         changed = _changed(staged, info.siblings or [])
         if not changed:
             return []

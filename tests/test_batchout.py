@@ -1,13 +1,16 @@
 """The method against a literal transcription of the paper's Algorithm 1, and every promise of its docstring."""
 
 import pickle
+import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_batchout import BatchOut, BatchOutConfig, batchout, gaussian_noise
+from timm_batchout.batchout import _StraightThrough
 
 METHODS = [batchout, gaussian_noise]
 SHAPES = [(6,), (6, 5), (6, 4, 3), (6, 3, 4, 5), (7, 2, 3, 3, 2)]
@@ -96,6 +99,21 @@ def test_select_random_augments_a_random_choice(method):
     assert changed.nonzero().max() >= 10, 'the first ten were taken'
     first = (method(x, k=0.25) != x).any(dim=1)
     assert not first[10:].any()
+    # Without replacement: noise moves each of the chosen.
+    for _ in range(5):
+        assert (gaussian_noise(x, k=0.25, select='random') != x).any(dim=1).sum() == 10
+
+
+def test_gaussian_noise_is_relative_to_the_sample_that_is_pushed():
+    x = torch.randn(40, 30) * torch.arange(1.0, 41.0)[:, None]
+    out = gaussian_noise(x, k=0.5, eta=0.25, select='random')
+    moved = (out != x).any(dim=1)
+    assert torch.allclose((out - x)[moved].norm(dim=1), 0.25 * x[moved].norm(dim=1), rtol=1e-4)
+    shares = [
+        ((gaussian_noise(x, eta=(0.1, 0.3), per_sample=per_sample) - x)[:20].norm(dim=1) / x[:20].norm(dim=1))
+        for per_sample in (True, False)
+    ]
+    assert shares[0].std() > 0.01 and shares[1].std() < 1e-5
 
 
 def test_gaussian_noise_equals_equation_5():
@@ -112,15 +130,18 @@ def test_gaussian_noise_equals_equation_5():
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('eta', [0.1, (0.0, 0.1), torch.tensor(0.1)])
-def test_dtype_device_and_strides_are_kept(method, dtype, eta):
+@pytest.mark.parametrize('select', ['first', 'random'])
+@pytest.mark.parametrize('stop_gradient', [True, False])
+def test_dtype_device_and_strides_are_kept(method, dtype, eta, select, stop_gradient):
     for x in (
         torch.randn(16, 4, 5, 5),
         torch.randn(16, 4, 5, 5).to(memory_format=torch.channels_last),
         torch.randn(16, 2, 3, 4, 5).to(memory_format=torch.channels_last_3d),
+        torch.randn(16, 4, 1, 1).to(memory_format=torch.channels_last),
         torch.randn(4, 16).t(),
     ):
         x = x.to(dtype)
-        out = method(x, eta=eta)
+        out = method(x, eta=eta, select=select, stop_gradient=stop_gradient)
         assert (out.dtype, out.device, out.shape, out.stride()) == (x.dtype, x.device, x.shape, x.stride())
         assert out is not x
         assert not torch.equal(out, x)
@@ -162,6 +183,19 @@ def test_nothing_is_saved_for_backward(method):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         method(x, eta=(0.0, 0.5))
     assert saved == []
+
+
+def test_nothing_is_kept_alive_for_backward(monkeypatch):
+    targets = []
+    apply = _StraightThrough.apply
+
+    def spy(x, target, *rest):
+        targets.append(weakref.ref(target))
+        return apply(x, target, *rest)
+
+    monkeypatch.setattr(_StraightThrough, 'apply', spy)
+    out = batchout(torch.randn(6, 4, requires_grad=True))
+    assert out.grad_fn is not None and targets[0]() is None
 
 
 def test_gradient_is_that_of_the_net_with_the_push_held_fixed():
@@ -238,7 +272,7 @@ def test_autocast_keeps_the_activation_dtype(dtype):
 
 
 def test_half_precision_norms_do_not_overflow():
-    x = torch.full((4, 1000), 300.0, dtype=torch.float16)  # the squared norm is 9e7; float16 ends at 65504
+    x = torch.full((4, 1000), 3000.0, dtype=torch.float16)  # the norm is 9e4; float16 ends at 65504
     assert torch.isfinite(gaussian_noise(x, eta=0.1)).all()
 
 
@@ -267,6 +301,20 @@ def test_compile_one_graph_and_no_recompilation(noise):
     for size in (12, 16, 22, 34):
         compiled(torch.randn(size, 4, requires_grad=True))
     assert len(graphs) == settled <= 2
+
+
+@pytest.mark.parametrize('noise', ['batchout', 'gaussian'])
+def test_compile_takes_any_k_and_any_batch_size(noise):
+    torch._dynamo.reset()
+    for k in (0.3, 0.5, 0.7, 1.0):
+        layer = BatchOut(k=k, eta=0.1, noise=noise)
+        compiled = torch.compile(layer, backend='eager', fullgraph=True, dynamic=True)
+        for size in (10, 7, 32):
+            x = torch.randn(size, 4, requires_grad=True)
+            torch.manual_seed(0)
+            expected = layer(x)
+            torch.manual_seed(0)
+            assert torch.equal(compiled(x), expected)
 
 
 @pytest.mark.parametrize('order', [(0, 1, 2, 3), (0, 3, 1, 2), (1, 0, 2, 3), (3, 2, 1, 0)])
@@ -305,6 +353,9 @@ def test_compile_with_the_default_autograd_backend_gives_the_stated_gradient():
         (dict(eta=(0.2, 0.1)), r'low <= high.*\(0.2, 0.1\)'),
         (dict(eta=(0.0, 0.1, 0.2)), 'pair'),
         (dict(eta='0.1'), "eta .*'0.1'"),
+        (dict(eta=torch.rand(2)), 'as eta, .* 0-d'),
+        (dict(k='0.5'), "k .*'0.5'"),
+        (dict(k=None), 'k .*None'),
         (dict(select='last'), "select .*'last'"),
     ],
 )
@@ -317,6 +368,65 @@ def test_bad_arguments(arguments, message):
         BatchOutConfig(**arguments)
     with pytest.raises(ValueError, match=message):
         BatchOut(**arguments)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(eta=torch.tensor(float('nan'))),
+        dict(eta=torch.tensor(-1.0)),
+        dict(eta=(torch.tensor(0.2), torch.tensor(0.1))),
+        dict(eta={1: 0.1}),
+        dict(sites=None),
+        dict(sites=5),
+        dict(sites=[3]),
+    ],
+)
+def test_a_config_has_values_and_checks_them(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        BatchOutConfig(**arguments)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    assert BatchOutConfig(k=np.float32(0.5), eta=np.float32(0.25)) == BatchOutConfig(k=0.5, eta=0.25)
+    assert BatchOutConfig(eta=(torch.tensor(0.0), np.float64(0.5))).eta == (0.0, 0.5)
+    x = torch.randn(4, 2)
+    torch.manual_seed(0)
+    expected = batchout(x, eta=(0.0, 0.5))
+    torch.manual_seed(0)
+    assert torch.equal(batchout(x, eta=[0.0, 0.5]), expected)
+
+
+@pytest.mark.parametrize(
+    'options', [dict(k=0.75), dict(select='random'), dict(per_sample=False), dict(stop_gradient=False)]
+)
+@pytest.mark.parametrize('noise', ['batchout', 'gaussian'])
+def test_the_layer_is_the_function_with_its_options(options, noise):
+    method = {'batchout': batchout, 'gaussian': gaussian_noise}[noise]
+    results = []
+    for run in (
+        BatchOut(eta=(0.1, 0.4), noise=noise, **options),
+        lambda x: method(x, eta=(torch.tensor(0.1), torch.tensor(0.4)), **options),
+    ):
+        torch.manual_seed(0)
+        x = torch.randn(8, 3, requires_grad=True)
+        out = run(x)
+        out.square().sum().backward()
+        results.append((out, x.grad))
+    assert all(map(torch.equal, *results))
+    assert torch.equal(results[0][1], 2 * results[0][0]) == ('stop_gradient' not in options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu(method, dtype):
+    x = torch.randn(16, 4, 5, 5, device='cuda', dtype=dtype, requires_grad=True)
+    for select in ('first', 'random'):
+        out = method(x, eta=(0.0, 0.5), select=select)
+        assert (out.device, out.dtype) == (x.device, dtype) and not torch.equal(out, x)
+        assert torch.equal(torch.autograd.grad(out.sum(), x)[0], torch.ones_like(x))
 
 
 def test_config_reads_what_yaml_can_write():

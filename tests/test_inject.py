@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -106,6 +107,23 @@ def test_eta_by_name_and_glob_last_match_wins(net):
     assert {name: layer.eta for name, layer in batchout_sites(net).items()} == {'act1': 0.4, 'act2': 0.4}
 
 
+@pytest.mark.parametrize('option', [dict(select='random'), dict(per_sample=False), dict(stop_gradient=False)])
+def test_options_reach_every_site(net, option):
+    layers = batchout_sites(add_batchout(net, BatchOutConfig(**option))).values()
+    ((name, value),) = option.items()
+    assert all(getattr(layer, name) == value for layer in layers)
+
+
+def test_further_arguments_of_an_activation_are_handed_on(images):
+    class Scaled(nn.ReLU):
+        def forward(self, x, scale):
+            return super().forward(x) * scale
+
+    net = nn.ModuleDict({'act': Scaled()})
+    add_batchout(net, BatchOutConfig(eta=0.0))
+    assert torch.equal(net['act'](images, 3.0), 3 * images)
+
+
 def test_gaussian_noise_can_be_hooked_instead(net, images):
     add_batchout(net, BatchOutConfig(noise='gaussian'))
     same = images[:1].expand(6, -1, -1, -1)
@@ -116,9 +134,11 @@ def test_gaussian_noise_can_be_hooked_instead(net, images):
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
-        (dict(eta={'act9': 0.1}), r"'act9' matches no activation site.*act1, act2, act3"),
-        (dict(eta={'act1': 0.1, 'gate': 0.1}), "'gate' matches no activation site"),
+        (dict(eta={'act9': 0.1}), r"'act9' matches no site.*act1, act2, act3"),
+        (dict(eta={'act1': 0.1, 'gate': 0.1}), "'gate' matches no site"),
         (dict(sites=['blocks.*']), "'blocks.*' matches no"),
+        (dict(sites=[]), 'no site in common'),
+        (dict(sites=['act1'], eta={'act2': 0.1}), 'no site in common'),
     ],
 )
 def test_a_pattern_that_matches_nothing_leaves_the_model_untouched(net, config, message):
@@ -142,6 +162,12 @@ def test_nets_that_hooks_cannot_reach_are_refused(net):
         add_batchout(nn.ReLU())  # a hook on the root would break compiled graphs
     with pytest.raises(ValueError, match='compiled'):
         add_batchout(torch.compile(net))
+    with pytest.raises(ValueError, match='compiled'):
+        add_batchout(nn.Sequential(torch.compile(net)))
+    in_place = copy.deepcopy(net)
+    in_place.compile()
+    with pytest.raises(ValueError, match='compiled'):
+        add_batchout(in_place)
     scripted = torch.jit.trace(net.eval(), torch.rand(2, 3, 8, 8))
     with pytest.raises(ValueError, match='scripted'):
         add_batchout(scripted)
@@ -240,6 +266,8 @@ def test_channel_attention_is_left_out():
     assert len(sites) == 33 and not any('.se.' in name for name in sites)
     sites = activation_sites(timm.create_model('seresnet50'))
     assert len(sites) == 49 and not any('.se.' in name for name in sites)
+    sites = activation_sites(torchvision.models.mobilenet_v3_small())  # its class is SqueezeExcitation
+    assert len(sites) == 24 and not any(name.endswith('.activation') for name in sites)
 
 
 def test_import_is_light():

@@ -6,8 +6,9 @@ toward other samples of the same batch; the push is a constant to backward; at t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -42,10 +43,12 @@ class _StraightThrough(torch.autograd.Function):
 
 def _push(x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
     """Eq. 3, ``(1 - eta) * x_j + eta * target_j``, for the chosen samples (None: the first ones); differentiable."""
+    out = x.clone()  # keeps the strides, where cat and index_copy would not
     if chosen is not None:
-        return x.index_copy(0, chosen, torch.lerp(x[chosen], target, weight))
+        return out.index_copy_(0, chosen, torch.lerp(x[chosen], target, weight))
     n = target.shape[0]
-    return torch.cat([torch.lerp(x[:n], target, weight), x[n:]])
+    out[:n] = torch.lerp(x[:n], target, weight)
+    return out
 
 
 def batchout(
@@ -134,7 +137,8 @@ def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -
         raise ValueError(f"select must be 'first' or 'random', got {select!r}.")
     if x.ndim == 0 or x.shape[0] <= 1 or (isinstance(eta, (int, float)) and eta == 0):
         return 0
-    return int(k * x.shape[0])
+    top, bottom = float(k).as_integer_ratio()  # k exactly, as a constant that torch.compile does not make symbolic
+    return int(top / bottom * x.shape[0])
 
 
 def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:
@@ -142,7 +146,7 @@ def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:
     if isinstance(eta, (int, float)):
         return float(eta)
     shape = (count,) + (1,) * (x.ndim - 1)
-    low, high = eta if isinstance(eta, tuple) else (eta, eta)
+    low, high = eta if isinstance(eta, (tuple, list)) else (eta, eta)
     # Drawn in float32 and on x's device. Bounds that are 0-d CPU tensors enter as scalars, without a device sync.
     return (torch.rand(shape, device=x.device) * (high - low) + low).to(x.dtype)
 
@@ -155,8 +159,8 @@ def _sample_norm(x: Tensor) -> Tensor:
 
 
 def _check_k(k: float) -> None:
-    if not 0 <= k <= 1:
-        raise ValueError(f'k is the share of the mini-batch to augment and must lie in [0, 1], got {k}.')
+    if not isinstance(k, (int, float)) or not 0 <= k <= 1:
+        raise ValueError(f'k is the share of the mini-batch to augment and must lie in [0, 1], got {k!r}.')
 
 
 def _check_eta(eta: Eta) -> None:
@@ -165,6 +169,8 @@ def _check_eta(eta: Eta) -> None:
     if len(bounds) != 2:
         raise ValueError(f'eta must be a number or a (low, high) pair, got {eta!r}.')
     if any(isinstance(bound, Tensor) for bound in bounds):
+        if any(isinstance(bound, Tensor) and bound.ndim for bound in bounds):
+            raise ValueError('A tensor as eta, or as a bound of it, must be 0-d: one magnitude, not one per feature.')
         return
     low, high = bounds
     for bound in bounds:
@@ -204,10 +210,13 @@ class BatchOutConfig:
     stop_gradient: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, 'k', _as_number(self.k))
         _check_k(self.k)
         if isinstance(self.eta, Mapping):
             if not self.eta:
                 raise ValueError('eta is an empty mapping: name at least one site, or give one number for all sites.')
+            if not all(isinstance(name, str) for name in self.eta):
+                raise ValueError(f'eta per site is a mapping from names or globs to magnitudes, got {self.eta!r}.')
             object.__setattr__(self, 'eta', {name: _as_eta(value) for name, value in self.eta.items()})
         else:
             object.__setattr__(self, 'eta', _as_eta(self.eta))
@@ -220,14 +229,26 @@ class BatchOutConfig:
                 raise ValueError(
                     f"sites must be 'act', 'block', 'stage' or a list of site names or globs, got {self.sites!r}."
                 )
-        else:
+        elif isinstance(self.sites, Sequence) and all(isinstance(name, str) for name in self.sites):
             object.__setattr__(self, 'sites', tuple(self.sites))
+        else:
+            raise ValueError(f'sites must be a list of site names or globs, got {self.sites!r}.')
 
 
 def _as_eta(eta: Any) -> Any:
-    """YAML and JSON have no tuples: a two-element list is a (low, high) pair."""
+    """A number or a pair of numbers. YAML and JSON have no tuples; NumPy's numbers and 0-d tensors have values."""
+    if isinstance(eta, (list, tuple)):
+        eta = tuple(_as_number(bound) for bound in eta)
+    else:
+        eta = _as_number(eta)
     _check_eta(eta)
-    return tuple(eta) if isinstance(eta, (list, tuple)) else eta
+    return eta
+
+
+def _as_number(value: Any) -> Any:
+    """A Python number, where it is one in another guise; else the value itself, for the check to refuse."""
+    is_number = not isinstance(value, bool) and isinstance(value, Real)
+    return float(value) if is_number or (isinstance(value, Tensor) and value.ndim == 0) else value
 
 
 class BatchOut(nn.Module):
@@ -266,7 +287,7 @@ class BatchOut(nn.Module):
         self.eta_low, self.eta_high = (torch.tensor(bound, dtype=torch.float32) for bound in _bounds(self._eta))
         # What forward reads beside the tensors never changes with eta, but for this flag: dynamo guards on all of it.
         self.active = self._eta != 0
-        # Set by add_batchout inside of windowed blocks: its value is the number of images that the rows belong to.
+        # Set by add_batchout inside of windowed blocks: tells the number of images that the rows belong to.
         self.images: Any = None
 
     def set_eta(self, eta: float | tuple[float, float]) -> None:
@@ -301,17 +322,18 @@ class BatchOut(nn.Module):
         # The hooked module's own flag: this object is no submodule of the net, so train() and eval() pass it by.
         if not module.training:
             return args
-        x = args[0]
+        x = args[0] if args else None
         if not isinstance(x, Tensor):
             raise TypeError(
                 f'{type(module).__name__} takes a {type(x).__name__}, not one tensor, so BatchOut cannot augment its '
                 "input. Use sites='act', or a list of activations by name or glob; before torch.fx, eval mode or "
                 'remove_batchout(model).'
             )
-        if self.images is None or self.images.value == x.shape[0]:
+        count = x.shape[0] if self.images is None else self.images.on(x.device)
+        if count == x.shape[0]:
             return (self.augment(x, True), *args[1:])
         # (images * windows, ...): all windows of an image are pushed toward the same windows of its partner.
-        windows = x.unflatten(0, (self.images.value, -1))
+        windows = x.unflatten(0, (count, -1))
         return (self.augment(windows, True).flatten(0, 1), *args[1:])
 
     def extra_repr(self) -> str:

@@ -5,11 +5,10 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import register_notrace_module
 from torch import nn
 
 from timm_batchout.batchout import BatchOut, BatchOutConfig
-from timm_batchout.sites import ImageCount, activation_sites, block_sites, is_activation, match_sites, windowed_blocks
+from timm_batchout.sites import ImageCount, activation_sites, block_sites, match_sites, windowed_blocks
 
 __all__ = ['add_batchout', 'batchout_sites', 'remove_batchout']
 
@@ -37,7 +36,7 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
             pattern in ``config.sites`` or ``config.eta`` matches no site. The model is left untouched.
     """
     config = BatchOutConfig() if config is None else config
-    if hasattr(model, '_orig_mod') or isinstance(model, torch.jit.ScriptModule):
+    if any(map(_is_compiled, model.modules())):
         raise ValueError('The model is compiled or scripted, so new hooks would never fire. Call add_batchout first.')
     if batchout_sites(model):
         raise ValueError('This model has BatchOut already. Call remove_batchout(model) first to change it.')
@@ -51,9 +50,6 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
         layer = _layer(replace(config, eta=eta))
         layer.images = next((count for prefix, count in counts.items() if f'{name}.'.startswith(prefix)), None)
         sites[name].register_forward_pre_hook(layer.pre_hook)
-        if is_activation(sites[name]):
-            # FX graphs call what they do not trace through, hooks and all; torch.nn's own modules are so by default.
-            register_notrace_module(type(sites[name]))
     return model
 
 
@@ -79,6 +75,11 @@ def batchout_sites(model: nn.Module) -> dict[str, BatchOut]:
     ``batchout_sites(model)['act1'].set_eta(0.2)`` changes one site; for a plain net the dict is empty.
     """
     return {name: layer for name, _, _, layer in _hooks(model, (BatchOut,))}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    scripted_or_wrapped = isinstance(module, torch.jit.ScriptModule) or hasattr(module, '_orig_mod')
+    return scripted_or_wrapped or module._compiled_call_impl is not None  # model.compile() works in place
 
 
 def _find_sites(model: nn.Module, config: BatchOutConfig) -> dict[str, nn.Module]:
@@ -107,10 +108,13 @@ def _eta_by_site(config: BatchOutConfig, names: list[str]) -> dict[str, object]:
     if not isinstance(config.sites, str):
         chosen = {name for pattern in config.sites for name in match_sites(pattern, names)}
         wanted = [name for name in names if name in chosen]
-    if not isinstance(config.eta, dict):
-        return dict.fromkeys(wanted, config.eta)
-    etas = {name: eta for pattern, eta in config.eta.items() for name in match_sites(pattern, names)}
-    return {name: etas[name] for name in wanted if name in etas}
+    etas = dict.fromkeys(wanted, config.eta)
+    if isinstance(config.eta, dict):
+        etas = {name: eta for pattern, eta in config.eta.items() for name in match_sites(pattern, names)}
+    chosen_etas = {name: etas[name] for name in wanted if name in etas}
+    if not chosen_etas:
+        raise ValueError(f'sites={config.sites!r} and eta={config.eta!r} have no site in common: name one at least.')
+    return chosen_etas
 
 
 def _layer(config: BatchOutConfig) -> BatchOut:

@@ -5,6 +5,9 @@ to any net: the input of every activation module. Gates are left out: a sigmoid,
 attention block, computes a weight for features, not features. Layers that compute position biases are left out too:
 the rows of their input are positions, not images.
 
+Activations that a forward calls as functions are invisible to hooks. Of timm's nets, MobileViT V2 alone has some (of
+the values of its attention).
+
 The other placement, one site per block or per stage, is the input of each of timm's blocks or stages.
 """
 
@@ -14,10 +17,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from timm.layers import activations as timm_activations
+from timm.layers import register_notrace_module
 from torch import nn
 from torch.fx import Proxy
 
-__all__ = ['ImageCount', 'activation_sites', 'block_sites', 'is_activation', 'match_sites', 'windowed_blocks']
+__all__ = ['ImageCount', 'activation_sites', 'block_sites', 'match_sites', 'windowed_blocks']
 
 # Softmax, Sigmoid, Tanh and their hard versions are gates or normalisers wherever timm's backbones use them.
 _ACTIVATIONS: tuple[type[nn.Module], ...] = (
@@ -27,14 +31,19 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = (
     timm_activations.PReLU, timm_activations.GELU, timm_activations.GELUTanh, timm_activations.QuickGELU,
 )  # fmt: skip
 
+# Leaves to FX, which calls them with their hooks and does not trace through; torch.nn's own are leaves anyway.
+for activation in _ACTIVATIONS:
+    if activation.__module__ == timm_activations.__name__:
+        register_notrace_module(activation)
+
 # Activations of timm's models, and norms with an activation in their formula: their site is the input of the norm.
 _ACTIVATION_NAMES = ('GammaAct', 'EvoNorm2d*', 'FilterResponseNormTlu2d', 'InplaceAbn')
 
-# Channel attention of timm, by class name: the classes are spread over many model files.
+# Attention that weights channels or places, of timm and torchvision, by class name: they are spread over many files.
 _ATTENTION = (
-    '*SqueezeExcite*', 'SE', 'SEModule', 'SEBlock', 'SqueezeExciteCl', 'EffectiveSEModule', '*ChannelAttn*',
+    '*SqueezeExcit*', 'SE', 'SEModule', 'SEBlock', 'SqueezeExciteCl', 'EffectiveSEModule', '*ChannelAttn*',
     'ChannelGate', 'CbamModule', 'LightCbamModule', 'EcaModule', 'CecaModule', 'GatherExcite', 'GlobalContext',
-    'SelectiveKernelAttn', 'SplitAttn',
+    'SelectiveKernelAttn', 'SplitAttn', '*CoordAttn', 'EfficientLocalAttn', 'BatNonLocalAttn', 'SpatialAttention',
 )  # fmt: skip
 
 # Small nets that turn relative positions into attention biases: a class, and two attributes of Swin V2's attention.
@@ -58,7 +67,7 @@ def activation_sites(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if _is_left_out(name, module):
             left_out += (f'{name}.',)
-        elif is_activation(module):
+        elif _is_activation(module):
             sites[name] = module
     return sites
 
@@ -67,8 +76,7 @@ def _is_left_out(name: str, module: nn.Module) -> bool:
     return name.rpartition('.')[2] in _POSITION_ATTRIBUTES or _is_called(module, _ATTENTION + _POSITION)
 
 
-def is_activation(module: nn.Module) -> bool:
-    """An activation, or a norm with an activation in its formula."""
+def _is_activation(module: nn.Module) -> bool:
     if isinstance(module, _ACTIVATIONS):
         return True
     # apply_act: timm's norms can be told to leave their activation out
@@ -86,7 +94,10 @@ def block_sites(model: nn.Module, coarse: bool = False) -> dict[str, nn.Module]:
     an activation site. Empty for a net without ``group_matcher``, and for one whose blocks are single layers (VGG).
     """
     group_matcher: Any = getattr(model, 'group_matcher', None)
-    matcher = group_matcher(coarse=coarse) if group_matcher else {}
+    try:
+        matcher = group_matcher(coarse=coarse) if group_matcher else {}
+    except AssertionError:  # RDNet's knows one granularity only
+        return {}
     if callable(matcher) or 'blocks' not in matcher:  # Inception V3 groups by a function, HRNet knows a stem only
         return {}
     blocks = matcher['blocks']
@@ -98,7 +109,8 @@ def block_sites(model: nn.Module, coarse: bool = False) -> dict[str, nn.Module]:
     for parameter, _ in model.named_parameters():
         match = next(filter(None, (pattern.match(parameter) for pattern in numbered)), None)
         name = match.group(0) if match else ''
-        if name in modules and name not in sites and any(act.startswith(f'{name}.') for act in activations):
+        called = name in modules and type(modules[name]).forward is not nn.Module.forward  # a ModuleList never is
+        if called and name not in sites and any(act.startswith(f'{name}.') for act in activations):
             sites[name] = modules[name]
     return sites
 
@@ -115,18 +127,22 @@ class ImageCount:
     """How many images a windowed block was given, for the sites inside it: they may see more rows than images."""
 
     def __init__(self) -> None:
-        self.value = 0
+        self._by_device: dict[Any, int] = {}  # nn.DataParallel's replicas share this object
+
+    def on(self, device: Any) -> int:
+        return self._by_device[device]
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not module.training:  # nothing is pushed; and an exported net's symbolic sizes are not for keeping
+            return
         if any(isinstance(arg, Proxy) for arg in args):
-            if not module.training:
-                return
             raise TypeError(
                 f'torch.fx cannot trace a {type(module).__name__} in training with BatchOut inside: it counts images. '
                 'Trace the net in eval mode, or call remove_batchout(model) first.'
             )
         # A TNT block takes the pixels of all windows first and the patches of the images second.
-        self.value = min(arg.shape[0] for arg in args if hasattr(arg, 'shape'))
+        tensors = [arg for arg in args if hasattr(arg, 'shape')]
+        self._by_device[tensors[0].device] = min(tensor.shape[0] for tensor in tensors)
 
 
 def match_sites(pattern: str, names: list[str]) -> list[str]:
@@ -138,5 +154,5 @@ def match_sites(pattern: str, names: list[str]) -> list[str]:
     matched = [name for name in names if fnmatchcase(name, pattern)]
     if not matched:
         shown = ', '.join(names[:12]) + (f', ... ({len(names)} in all)' if len(names) > 12 else '')
-        raise ValueError(f'The pattern {pattern!r} matches no activation site. Sites of this net: {shown}.')
+        raise ValueError(f'The pattern {pattern!r} matches no site. Sites of this net: {shown}.')
     return matched

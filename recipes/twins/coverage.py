@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models._registry import _model_to_module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -92,8 +94,9 @@ def examine(arch: str, compiled: bool = False, memory: float = math.inf, side: i
         'state_dict_equal': _fingerprint(twin) == weights,
     }
     if device == 'cpu':
-        with _rows(twin, found) as before:
+        with _rows(twin, found) as before, _FunctionalActivations() as called:
             logits = _logits(twin, images)
+        record |= {'functional': sorted(called.by)} if called.by else {}
         with _rows(twin, found) as after:
             _logits(twin, torch.cat([1 - images[:1], images[1:]]))
         record['logits_equal'] = all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
@@ -127,6 +130,8 @@ def exceptions(record: dict[str, Any]) -> list[str]:
         named.append(f'{record["sites"] - record["fired"]} sites never fired')
     if record.get('pushes') == 0:
         named.append('nothing was pushed')
+    if 'functional' in record:
+        named.append(f'activations called as functions are no sites: {", ".join(record["functional"])}')
     if record['device'] == 'meta':
         named.append('too large for the memory of this machine: shapes checked, values not')
     if record.get('compiled') not in (None, 'one graph'):
@@ -243,6 +248,27 @@ def _rows(model: nn.Module, names: dict[str, BatchOut]) -> Iterator[list[Tensor]
     yield seen
     for handle in handles:
         handle.remove()
+
+
+class _FunctionalActivations(TorchFunctionMode):
+    """Which forwards call an activation as a function, so that no hook sees it: 'file.py: function'."""
+
+    FUNCTIONS = (F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish)
+    MODULES = ('torch/nn/', 'timm/layers/')  # whose own modules call them: what hooks see
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by: set[str] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.FUNCTIONS:
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename.endswith(('torch/nn/functional.py', 'torch/overrides.py')):
+                frame = frame.f_back
+            path = frame.f_code.co_filename
+            if not any(part in path for part in self.MODULES):
+                self.by.add(f'{Path(path).name}: {frame.f_code.co_name}')
+        return function(*args, **(kwargs or {}))
 
 
 def _rows_are_images(before: list[Tensor], after: list[Tensor]) -> bool:

@@ -109,7 +109,7 @@ def test_overrides():
     assert {n: s.eta for n, s in batchout_sites(model).items()} == {'pre_logits.act1': 0.4, 'pre_logits.act2': 0.4}
     layer = batchout_sites(model)['pre_logits.act1']
     assert (layer.noise, layer.stop_gradient) == ('gaussian', False)
-    with pytest.raises(ValueError, match='matches no activation site'):
+    with pytest.raises(ValueError, match='matches no site'):
         timm.create_model('batchout_cifar_vgg', eta={'blocks.*': 0.1})
     with pytest.raises(ValueError, match='k is the share'):
         timm.create_model('batchout_cifar_vgg', k=2)

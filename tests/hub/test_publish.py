@@ -1,7 +1,6 @@
 """To the Hub and back, in processes of their own: huggingface_hub reads its settings when it is imported."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from .loopback import LoopbackHub
 
 pytestmark = pytest.mark.hub
 PACKAGE = Path(timm_batchout.__file__).parent
+REPORTS = Path(__file__).parents[2] / 'recipes' / 'paper' / 'reports'
 
 
 def python(code, hub, home, token=None, package=PACKAGE, **variables):
@@ -42,12 +42,12 @@ def publish(*arguments, times=1):
     return f'from timm_batchout.cli import main\nfor _ in range({times}): print("exit", main({command!r}))\n'
 
 
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
+@pytest.fixture
+def images(tmp_path):
     """A few digits, and coloured ones for the CIFAR-10 nets."""
     split = load_split(DataConfig('digits'), train=False)
     small = torch.nn.functional.interpolate(split.images[:6].float(), 32).byte()
-    path = tmp_path_factory.mktemp('images') / 'images.pt'
+    path = tmp_path / 'images.pt'
     torch.save({1: split.images[:6], 3: small.repeat(1, 3, 1, 1), 'labels': split.labels[:6]}, path)
     return path
 
@@ -64,43 +64,19 @@ def score(name, path, **options):
 """
 
 
-@pytest.fixture(scope='module')
-def reports(images, tmp_path_factory):
-    """Of all bundled models."""
-    folder = tmp_path_factory.mktemp('reports')
-    names = list(bundled_cards())
-    code = (
-        f'{SCORE}\nfor name in {names!r}: score(name, {str(images)!r}).save(Path({str(folder)!r}) / f"{{name}}.json")'
-    )
-    subprocess.run(
-        [sys.executable, '-c', f'import timm, torch, timm_batchout\nfrom pathlib import Path\n{code}'],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        check=True,
-    )
-    return folder
-
-
 @pytest.fixture
 def hub(tmp_path):
     with LoopbackHub(tmp_path / 'hub') as hub:
         yield hub
 
 
-def test_a_dry_run_talks_to_nobody(tmp_path, reports, monkeypatch, capsys):
-    def refuse(*args):
-        raise AssertionError(f'a dry run opened a connection: {args}')
-
-    monkeypatch.setattr('socket.socket.connect', refuse)
-    command = ['publish', '--all', 'true', '--reports', str(reports), '--cards', str(tmp_path), '--dry_run', 'true']
-    assert main(command) == 0
-    assert capsys.readouterr().out.count('model.safetensors') >= 6
-
-
-def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images, reports):
+def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images):
     cards = tmp_path / 'cards'
-    output = python(
-        publish('--all', 'true', '--reports', reports, '--cards', cards, times=2), hub, tmp_path / 'a', 'hf_owner'
-    )
+    code = f"""{SCORE}
+for name in {list(bundled_cards())!r}: score(name, {str(images)!r}).save(Path({str(tmp_path)!r}) / f'{{name}}.json')
+"""
+    code += publish('--all', 'true', '--reports', tmp_path, '--cards', cards, times=2)
+    output = python(code, hub, tmp_path / 'a', 'hf_owner')
     assert output.count('pushed: README.md, config.json, results.json, curves.svg, model.safetensors') == 6
     assert output.count('nothing has changed: nothing was pushed') == 6, 'the second time'
     assert len([request for request in hub.requests if '/commit/' in request]) == 6
@@ -196,37 +172,40 @@ print(*data['input_size'], *data['mean'], *data['std'])
     assert done.stdout == 'ResNet 0\n3 32 32 0.3 0.4 0.5 0.2 0.2 0.2\n', done.stderr  # as it was evaluated
 
 
-def test_pushing_against_the_wind(hub, tmp_path, reports):
+def test_pushing_against_the_wind(hub, tmp_path):
     """No token, a bad one, one that may not write; others who push meanwhile; a connection that breaks."""
     name = 'mnist_cnn.baseline_mnist'
-    arguments = (name, '--report', reports / f'{name}.json', '--cards', tmp_path / 'cards')
-    tokens = [None, 'hf_wrong', 'hf_reader', 'hf_other']
+    arguments = (name, '--report', REPORTS / f'{name}.json', '--cards', tmp_path / 'cards')
+    refused = [None, 'hf_wrong', 'hf_reader', 'hf_other']
     code = f"""
 import os
 from timm_batchout.cli import main
-for token in {tokens!r}:
+from huggingface_hub import HfApi
+def attempt(token, *more):
     os.environ.pop('HF_TOKEN', None)
     if token:
         os.environ['HF_TOKEN'] = token
-    print('exit', main(['publish', *{[str(argument) for argument in arguments]!r}]))
+    return main(['publish', *{[str(argument) for argument in arguments]!r}, *more])
+for token in {refused!r}:
+    print('exit', attempt(token))
+print('there', HfApi().repo_exists('timm-batchout/{name}'))
+print('owner', attempt('hf_owner'))
+print('private', attempt('hf_owner', '--private'))
 """
-    output = python(code, hub, tmp_path / 'a')
-    assert output.count('exit 2') == output.count('error: ') == 4
-    assert not [token for token in tokens if token and token in output]
-    assert not hub.repo_ids()
     hub.drop_uploads, hub.stale_commits = 1, 1
-    code = publish(*arguments) + publish(*arguments, '--private', 'true')
-    output = python(code, hub, tmp_path / 'a', 'hf_owner')
-    assert 'exit 0' in output and 'exit 2' in output
+    output = python(code, hub, tmp_path / 'a')
+    assert output.count('exit 2') == 4 and output.count('error: ') == 5
+    assert not [token for token in [*refused, 'hf_owner'] if token and token in output]
+    assert 'there False' in output and 'owner 0' in output and 'private 2' in output
     assert f'error: timm-batchout/{name} is there already, and public: nothing was pushed.' in output
     assert len([request for request in hub.requests if '/upload/' in request]) == 2, 'the first one broke off'
     commits = [request for request in hub.requests if '/commit/' in request]
     assert len(commits) == 2, 'the first was stale, the second stood on what had come in between'
 
 
-def test_what_is_not_to_be_trusted_is_refused(hub, tmp_path, reports):
+def test_what_is_not_to_be_trusted_is_refused(hub, tmp_path):
     name = 'mnist_cnn.baseline_mnist'
-    arguments = (name, '--report', reports / f'{name}.json', '--cards', tmp_path / 'cards', '--repo')
+    arguments = (name, '--report', REPORTS / f'{name}.json', '--cards', tmp_path / 'cards', '--repo')
     code = """
 from huggingface_hub import CommitOperationAdd, HfApi
 api = HfApi()
@@ -254,8 +233,6 @@ api.update_repo_settings('alice/gated', gated='manual')
 """
     config = tmp_path / 'cards' / 'good' / 'config.json'
     code = publish(*arguments, 'alice/good') + f'TMP, CONFIG = Path({str(tmp_path)!r}), {str(config)!r}\n{code}'
-    python(code, hub, tmp_path / 'a', 'hf_owner')
-    hub.corrupt = {'model.safetensors'}
     load = """
 from huggingface_hub import try_to_load_from_cache
 from timm_batchout.zoo.hub_weights import fetch
@@ -270,7 +247,8 @@ def load(*repos):
 def cached(repo, file):
     return isinstance(try_to_load_from_cache(f'alice/{repo}', file), str)
 """
-    output = python(f'{load}\nload("good")', hub, tmp_path / 'b')
+    hub.corrupt = {'model.safetensors'}
+    output = python(f'{code}\n{load}\nload("good")', hub, tmp_path / 'a', 'hf_owner')
     assert 'good ValueError' in output and 'deleted from the cache' in output
     hub.corrupt = set()
     repos = ['good', 'unknown', 'elsewhere', 'code', 'pickle', 'swapped', 'upper', 'number', 'private', 'gated']
@@ -287,7 +265,7 @@ for label, damage in damages.items():
     print(label + '-kept', cached('good', 'config.json'), cached('good', 'model.safetensors'))
     told(label + '-again', fetch, 'alice/good')
 """
-    output = python(code, hub, tmp_path / 'b')
+    output = python(code, hub, tmp_path / 'a')
     lines = dict(line.split(' ', 1) for line in output.splitlines() if ' ' in line)
     assert lines['good'] == lines['upper'] == 'loaded', 'the cache was not poisoned'
     assert 'Unknown model' in lines['unknown']
@@ -303,7 +281,7 @@ for label, damage in damages.items():
     assert not [request for request in hub.requests if 'passwd' in request or 'bin' in request.split('/')[-1][-4:]]
 
 
-def test_what_is_staged_tells_nothing_of_this_machine(tmp_path, reports):
+def test_what_is_staged_tells_nothing_of_this_machine(tmp_path):
     """Neither where its files lay, nor what else lies in the folder of the card."""
     file, run = bundled('mnist_cnn.baseline_mnist')
     recipe = {
@@ -312,9 +290,9 @@ def test_what_is_staged_tells_nothing_of_this_machine(tmp_path, reports):
         'output': str(tmp_path / 'runs' / 'x'),
         'model_args': {'features': [str(tmp_path / 'pretrained.safetensors')]},
     }
-    report = Report.load(reports / 'mnist_cnn.baseline_mnist.json')
+    report = Report.load(REPORTS / 'mnist_cnn.baseline_mnist.json')
     report.model = str(tmp_path / 'runs' / 'x' / 'model.safetensors')
-    twin = Report.load(reports / 'mnist_cnn.fgsm_at_mnist.json')
+    twin = Report.load(REPORTS / 'mnist_cnn.fgsm_at_mnist.json')
     twin.model = str(tmp_path / 'runs' / 'y' / 'model.safetensors')
     cards = tmp_path / 'cards'
     staged = stage('mnist_cnn', file, report, {**run, 'recipe': recipe}, cards, 'me/net', twin)
@@ -348,20 +326,20 @@ def test_arguments_that_do_not_go_together(arguments, message, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_hub_that_is_down_is_an_error_in_one_line(tmp_path, reports, monkeypatch, capsys):
+def test_a_hub_that_is_down_is_an_error_in_one_line(tmp_path, monkeypatch, capsys):
     def refuse(*args):
         raise ConnectionRefusedError('nobody there')
 
     monkeypatch.setattr('socket.socket.connect', refuse)
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     name = 'mnist_cnn.baseline_mnist'
-    assert main(['publish', name, '--report', str(reports / f'{name}.json'), '--cards', str(tmp_path)]) == 2
+    assert main(['publish', name, '--report', str(REPORTS / f'{name}.json'), '--cards', str(tmp_path)]) == 2
     assert f'error: The Hub does not answer, timm-batchout/{name} was not pushed' in capsys.readouterr().err
 
 
-def test_reports_of_other_weights_are_refused(tmp_path, reports):
+def test_reports_of_other_weights_are_refused(tmp_path):
     file, run = bundled('mnist_cnn.baseline_mnist')
-    report = Report.load(reports / 'mnist_cnn.fgsm_at_mnist.json')
+    report = Report.load(REPORTS / 'mnist_cnn.fgsm_at_mnist.json')
     with pytest.raises(ValueError, match='not of these weights'):
         stage('mnist_cnn.baseline_mnist', file, report, run, tmp_path)
     with pytest.raises(ValueError, match='pickles can run code'):

@@ -18,7 +18,7 @@ from timm_batchout.cli import main, parse
 from timm_batchout.commands import EvaluateConfig
 from timm_batchout.pixels import PixelModel
 from timm_batchout.robustness import Report, comparison, evaluate
-from timm_batchout.robustness.audit import measure, suspicions
+from timm_batchout.robustness.audit import measure, misled, suspicions, verdict
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.report import Score, wilson
 from timm_batchout.training.config import DataConfig
@@ -123,9 +123,33 @@ def test_a_report_of_everything(net, digits, tmp_path):
     assert Report.load(tmp_path / 'report.json') == report
     saved = json.loads((tmp_path / 'report.json').read_text())
     assert saved['settings']['pgd'] == {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
+    assert 'foolbox' in saved['environment'] and 'pyautoattack' not in saved['environment']
     assert saved['indices'] == 'the first n of torch.randperm(60), seed 0'
     assert len(saved['weights_sha256']) == 64
     assert f'| clean | {100 * right / 60:.2f} (' in report.table()
+
+
+def test_layers_keep_their_modes(net, linear, digits):
+    """A frozen BatchNorm of a net in training stays in eval mode, and an error changes nothing."""
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), net).train()
+    model[0].eval()
+    linear.train()
+    arguments = (model, *digits, ['transfer'], ['0.1'])
+    evaluate(*arguments, transfer_from=linear, settings={'transfer': {'steps': 1, 'n': 2}}, audit=True)
+    with pytest.raises(ValueError, match='Images must lie'):
+        evaluate(model, digits[0] * 2.0, digits[1])
+    assert [layer.training for layer in (model, *model, linear)] == [True, False, True, True, True]
+    linear.eval()
+
+
+def test_a_net_that_draws_gives_one_report(net, digits):
+    arguments = (Noisy(net), *digits, ['fgsm', 'deepfool', 'noise'], ['0.1'])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = evaluate(*arguments, audit=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert without_time(evaluate(*arguments, audit=True)) == without_time(first)
 
 
 def test_parts_of_a_sorted_data_set_are_fair_samples(net, digits):
@@ -233,8 +257,9 @@ class Noisy(nn.Module):
         return self.model(x + 0.3 * torch.randn_like(x))
 
 
-def audited(model, digits):
-    return suspicions(measure(PixelModel(model), pixels(digits[0]), digits[1], radius=0.2))
+def audited(model, digits, **options):
+    options = {'radii': [0.05, 0.1, 0.2], **options}
+    return suspicions(measure(PixelModel(model), pixels(digits[0]), digits[1], **options))
 
 
 def test_the_audit_fires_on_nets_that_mask(net, digits):
@@ -242,12 +267,13 @@ def test_the_audit_fires_on_nets_that_mask(net, digits):
     assert any('PGD on the cross-entropy leaves' in reason for reason in audited(Scaled(net, 1e4), digits))
     assert any('zero gradients' in reason for reason in audited(Quantised(net), digits))
     assert any('gradient is random' in reason for reason in audited(Noisy(net), digits))
+    assert any("another net's images" in reason for reason in audited(Quantised(net), digits, source=PixelModel(net)))
 
 
 def test_the_audit_is_silent_on_honest_nets(net, linear, digits):
     robust = trained(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)), epsilon=0.1)
     for honest in (net, linear, robust):
-        assert audited(honest, digits) == []
+        assert audited(honest, digits, source=PixelModel(linear)) == []
     radii = ['0.1']
     weak, strong = (evaluate(model, *digits, ['pgd'], radii).score('pgd', '0.1').correct for model in (net, robust))
     assert strong > weak + 10, 'the robust net is robust'
@@ -255,42 +281,98 @@ def test_the_audit_is_silent_on_honest_nets(net, linear, digits):
 
 def test_masked_figures_are_marked_and_never_best(net, digits):
     honest, masking = (
-        evaluate(model, *digits, ['pgd', 'deepfool', 'noise'], ['0.2'], audit=True, name=name)
+        evaluate(model, *digits, ['pgd', 'deepfool', 'noise'], ['0.05'], audit=True, name=name)
         for name, model in (('honest', net), ('masking', Scaled(net, 1e4)))
     )
-    assert masking.score('pgd', '0.2').masked and not masking.score('noise', '0.2').masked
+    assert masking.score('pgd', '0.05').masked and not masking.score('noise', '0.05').masked
     deepfool = ('deepfool', '5 iterations')
     assert masking.score(*deepfool).correct == honest.score(*deepfool).correct, 'the margin knows no scale'
     assert not masking.score(*deepfool).masked
     assert evaluate(Quantised(net), *digits, ['deepfool'], audit=True).score(*deepfool).masked
-    assert masking.score('pgd', '0.2').correct > honest.score('pgd', '0.2').correct
-    assert 'PGD Linf 0.2 (masked)' in masking.table() and 'LIKELY' in masking.table()
+    assert masking.score('pgd', '0.05').correct > honest.score('pgd', '0.05').correct
+    assert 'PGD Linf 0.05 (masked)' in masking.table() and 'LIKELY' in masking.table()
     table = comparison([honest, masking])
-    row = next(line for line in table.splitlines() if line.startswith('| PGD Linf 0.2 | 60 |'))
-    assert f'| **{100 * honest.score("pgd", "0.2").accuracy:.2f}** |' in row and row.endswith('(masked) |')
+    row = next(line for line in table.splitlines() if line.startswith('| PGD Linf 0.05 | 60 |'))
+    assert f'| **{100 * honest.score("pgd", "0.05").accuracy:.2f}** |' in row and row.endswith('(masked) |')
 
 
-def test_orders_that_cannot_be(net):
-    measured = measure(PixelModel(net), torch.rand(0, 1, 28, 28), torch.zeros(0, dtype=torch.int64))
-    assert 'nothing to check' in suspicions(measured)[0]
-    fine = {
-        'n': 9, 'zero_gradients': 0, 'non_finite_gradients': 0, 'repeatability': 1, 'pgd': {'cross-entropy': 0},
-        'unbounded': {'cross-entropy': 0},
-    }  # fmt: skip
-    rising = [
-        Score('fgsm', variant, 'Linf', float(variant), correct, 100) for variant, correct in (('.1', 5), ('.2', 40))
+FINE: dict = {
+    'n': 9, 'zero_gradients': 0, 'non_finite_gradients': 0, 'repeatability': 1, 'smoothness': 0.5, 'neighbourhood': 0.3,
+    'radii': [{'radius': 0.3, 'fgsm': 0.6, 'pgd': 0.0}], 'pgd': {'cross-entropy': 0.2, 'margin': 0.2},
+    'unbounded': {'cross-entropy': 0, 'margin': 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('changes', 'reason', 'marked'),
+    [
+        ({}, '', []),
+        ({'zero_gradients': 0.02}, '2% of the images have zero gradients', ['cross-entropy']),
+        ({'non_finite_gradients': 0.02}, '2% of the images have non finite gradients', ['cross-entropy']),
+        ({'repeatability': 0.9}, 'the gradient is random', ['cross-entropy', 'margin', 'several']),
+        ({'smoothness': -0.1}, 'neighbours within 0.3 have other gradients', ['cross-entropy']),
+        ({'radii': [*FINE['radii'], {'radius': 0.1, 'fgsm': 0.95, 'pgd': 0.2}]}, 'at 0.1 FGSM leaves 95.0% right, PGD',
+         ['cross-entropy']),
+        ({'pgd': {'cross-entropy': 0.3, 'margin': 0.2}}, 'PGD on the cross-entropy leaves 30.0% right, on the margin',
+         ['cross-entropy']),
+        ({'transfer': 0.1}, "PGD leaves 20.0% right, another net's images 10.0%", ['cross-entropy']),
+        ({'unbounded': {'cross-entropy': 0.1, 'margin': 0.0}}, 'an attack without bounds leaves 10.0%',
+         ['cross-entropy']),
+        ({'unbounded': {'cross-entropy': 0.1, 'margin': 0.1}}, 'an attack without bounds leaves 10.0%',
+         ['cross-entropy', 'margin']),
+    ],
+)  # fmt: skip
+def test_every_suspicion_alone(changes, reason, marked):
+    measured = {**FINE, **changes}
+    found = suspicions(measured)
+    assert len(found) == bool(reason) and ''.join(found).startswith(reason)
+    losses = ['cross-entropy', 'margin', 'several', '']
+    assert [loss for loss in losses if misled(loss, measured, found)] == marked
+    assert ('AutoAttack' in verdict(measured, found)) == ('several' in marked)
+
+
+def test_a_net_that_overfitted_to_fgsm_is_found_by_the_default_attack(digits):
+    """FGSM alone at 0.3, where PGD leaves nothing on any loss: the bundled net of FGSM training on MNIST."""
+    fgsm_at, honest = (
+        evaluate(timm.create_model(f'mnist_cnn.{tag}_mnist', pretrained=True), *digits, eps=['0.3'], n=30, audit=True)
+        for tag in ('fgsm_at', 'baseline')
+    )
+    assert fgsm_at.score('fgsm', '0.3').masked and 'have other gradients' in fgsm_at.audit['verdict']
+    assert honest.audit['verdict'] == 'no sign of it.' and honest.score('clean').correct == honest.audit['n']
+    tried = {entry['radius']: entry for entry in honest.audit['radii']}
+    assert round(tried[0.3]['fgsm'] * honest.audit['n']) == honest.score('fgsm', '0.3').correct
+    assert tried[0.3]['pgd'] == 0 < honest.audit['pgd']['cross-entropy'] == tried[honest.audit['radius']]['pgd'] < 1
+
+
+def test_nothing_to_check(net, digits):
+    wrong = (net(pixels(digits[0])).argmax(1) + 1) % 10
+    report = evaluate(net, digits[0], wrong, audit=True)
+    assert report.audit['verdict'] == 'nothing to check: no image was classified right.'
+    assert report.audit['n'] == 0 and not report.score('fgsm', '8/255').masked and 'LIKELY' not in report.table()
+
+
+def test_orders_that_cannot_be():
+    def found(*scores, right=None):
+        return suspicions(FINE, [Score(*score) for score in scores], right)
+
+    assert found(('fgsm', '.1', 'Linf', 0.1, 5, 100), ('fgsm', '.2', 'Linf', 0.2, 40, 100)) == [
+        'accuracy under fgsm rises with the radius'
     ]
-    assert suspicions(fine, rising) == ['accuracy under fgsm rises with the radius']
-    order = [Score('fgsm', '.1', 'Linf', 0.1, 5, 100), Score('pgd', '.1', 'Linf', 0.1, 40, 100)]
-    assert suspicions(fine, order) == ['fgsm at .1 does more than pgd']
-    assert suspicions(fine, order[::-1][:1]) == []
-    on_fewer = [Score('fgsm', '.1', 'Linf', 0.1, 2, 4), Score('pgd', '.1', 'Linf', 0.1, 2, 2)]
+    for strong, weak in (
+        ('pgd', 'fgsm'), ('autoattack', 'fgsm'), ('autoattack', 'pgd'), ('pgd', 'transfer'), ('autoattack', 'transfer'),
+        ('autoattack_l2', 'pgd_l2'), ('ddn', 'pgd_l2'),
+    ):  # fmt: skip
+        weaker = (weak, '.1', 'Linf', 0.1, 5, 100)
+        assert found(weaker, (strong, '0.10', 'Linf', 0.1, 40, 100)) == [f'{weak} at .1 does more than {strong}']
+        assert found(weaker, (strong, '.1', 'Linf', 0.1, 9, 100)) == [], 'within the tolerance'
+        assert found(weaker, (strong, '.05', 'Linf', 0.05, 40, 100)) == [], 'another radius'
+    on_fewer = [('fgsm', '.1', 'Linf', 0.1, 2, 4), ('pgd', '.1', 'Linf', 0.1, 2, 2)]
     right = {('fgsm', '.1'): [1] * 20 + [0] * 20, ('pgd', '.1'): [1] * 20}
-    assert suspicions(fine, on_fewer, right) == [], 'of the images that both were run on, as many withstand both'
+    assert found(*on_fewer, right=right) == [], 'of the images that both were run on, as many withstand both'
     right['fgsm', '.1'] = [0] * 9 + [1] * 31
-    assert suspicions(fine, on_fewer, right) == [], 'nine of twenty: chance'
+    assert found(*on_fewer, right=right) == [], 'nine of twenty: chance'
     right['fgsm', '.1'] = [0] * 10 + [1] * 30
-    assert suspicions(fine, on_fewer, right) == ['fgsm at .1 does more than pgd']
+    assert found(*on_fewer, right=right) == ['fgsm at .1 does more than pgd']
 
 
 def test_autoattack(net, digits):
@@ -338,6 +420,10 @@ class Tuple(nn.Module):
         ({'n': -1}, r'n must lie in \[1, 2\]'),
         ({'images': torch.zeros(0, 1, 28, 28), 'labels': torch.zeros(0)}, 'no images'),
         ({'labels': torch.tensor([0])}, '2 images, 1 labels'),
+        ({'images': torch.zeros(2, 1, 28, 28, dtype=torch.int64)}, 'uint8, or floating in .0, 1., got torch.int64'),
+        ({'labels': torch.tensor([0.0, 1.0])}, r'int64, got \[2\], torch.float32'),
+        ({'labels': torch.tensor([True, False])}, r'int64, got \[2\], torch.bool'),
+        ({'labels': torch.tensor([[0], [1]])}, r'int64, got \[2, 1\], torch.int64'),
         ({'labels': torch.tensor([0, 10])}, r'Labels must lie in \[0, 10\)'),
         ({'labels': torch.tensor([-1, 0])}, r'Labels must lie in \[0, 10\)'),
         ({'model': nn.Sequential(nn.Flatten(), nn.Linear(784, 1))}, 'two classes or more'),
@@ -371,6 +457,36 @@ def test_weights_that_are_broken(digits):
     nn.init.constant_(net[1].weight, math.nan)
     with pytest.raises(ValueError, match='NaN or infinite'):
         evaluate(net, *digits)
+
+
+def test_logits_that_are_broken_on_a_later_image(digits):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    images = pixels(digits[0])
+    images[40] = 0.0  # all black
+    net[1].register_forward_hook(lambda layer, args, out: out / args[0].amax(1, keepdim=True))
+    with pytest.raises(ValueError, match='logits of 1 of 60 images are NaN or infinite'):
+        evaluate(net, images, digits[1])
+
+
+def test_labels_of_any_integer(net, digits):
+    whole = evaluate(net, *digits)
+    assert without_time(evaluate(net, digits[0], digits[1].to(torch.uint8))) == without_time(whole)
+
+
+def test_chunks_of_other_preprocessing_or_packages_are_not_taken(net, digits, tmp_path, monkeypatch):
+    def stores():
+        return len(list(tmp_path.iterdir()))
+
+    net.pretrained_cfg = {'mean': (0.5,), 'std': (0.5,)}
+    for _ in range(2):
+        evaluate(net, *digits, chunks=tmp_path)
+        assert stores() == 1
+    del net.pretrained_cfg
+    evaluate(net, *digits, chunks=tmp_path)
+    assert stores() == 2
+    monkeypatch.setattr('timm_batchout.provenance.version', lambda package: 'another')
+    evaluate(net, *digits, chunks=tmp_path)
+    assert stores() == 3
 
 
 def test_reports_of_other_images_do_not_stand_in_one_table(net, digits):

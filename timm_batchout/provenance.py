@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ __all__ = ['environment', 'write_atomically']
 PACKAGES = ('timm-batchout', 'torch', 'timm', 'accelerate')
 
 
-def environment(device: torch.device | str = 'cpu') -> dict[str, Any]:
-    """Versions and hardware, for a result file."""
+def environment(device: torch.device | str = 'cpu', packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Versions and hardware, for a result file; the versions of ``packages``, too."""
     device = torch.device(device)
     hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
     return {
         'python': platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **{name: _version(name) for name in (*PACKAGES, *packages)},
         'device': device.type,
         'hardware': hardware,
         'cpu_threads': torch.get_num_threads(),

@@ -16,7 +16,7 @@ from timm_batchout.fgsm import gradient_sign
 from timm_batchout.pixels import PixelModel
 from timm_batchout.robustness.deepfool import deepfool
 
-__all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available', 'frozen']
+__all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available', 'frozen', 'modes_kept', 'seeded']
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Attack:
         run: ``run(model, images, labels, radii, seed, **settings)``.
         settings: Its defaults; a report holds them.
         extra: The package that it needs.
-        loss: The one whose gradient it follows, 'cross-entropy' or 'margin': where that is masked, it says nothing. ''
-            for attacks that have other means as well.
+        loss: The one whose gradient it follows, 'cross-entropy' or 'margin': where that is masked, it says nothing.
+            'several' where it has other means as well; '' where it follows none of the model.
     """
 
     title: str
@@ -86,6 +86,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Every layer comes back in the mode it was in: a frozen BatchNorm of a net in training stays in eval mode."""
+    modes = [(layer, layer.training) for model in models for layer in model.modules()]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
 @torch.no_grad()
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return model(images).argmax(1) == labels
@@ -107,7 +118,7 @@ def _foolbox(name: str) -> Run:
         before = _right(model, images, labels)
         outcome = Outcome()
         for key, radius in radii.items():
-            with _seeded(seed):
+            with seeded(seed):
                 _, attacked, _ = attack(target, images, labels, epsilons=radius)
             outcome.right[key] = before & _right(model, attacked, labels)
         return outcome
@@ -125,7 +136,7 @@ def _transfer(
     before = _right(model, images, labels)
     outcome = Outcome()
     for key, radius in radii.items():
-        with _seeded(seed), frozen(source):
+        with seeded(seed), frozen(source):
             _, attacked, _ = foolbox.attacks.LinfPGD(**settings)(target, images, labels, epsilons=radius)
         outcome.right[key] = before & _right(model, attacked, labels)
     return outcome
@@ -151,7 +162,7 @@ def _ddn(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: 
 
     target = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
     before = _right(model, images, labels)
-    with _seeded(seed):
+    with seeded(seed):
         _, attacked, _ = foolbox.attacks.DDNAttack(steps=steps)(target, images, labels, epsilons=None)
     fooled = ~_right(model, attacked, labels)
     norm = (attacked - images).flatten(1).norm(dim=1)
@@ -181,7 +192,7 @@ def _autoattack(norm: str) -> Run:
                     continue  # its loss compares the third and fourth largest logit
                 left = right.nonzero()[:, 0]
                 if len(left):
-                    with _seeded(seed):
+                    with seeded(seed):
                         attack = AutoAttack(model, eps=radius, norm=norm, seed=seed, device=images.device)  # type: ignore[arg-type]
                         attack.attacks_to_run = [stage]  # type: ignore[list-item]
                         attack.fab.n_target_classes = min(9, classes - 1)
@@ -224,7 +235,7 @@ def _corruptions(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Attacks draw from torch's global generator, and some seed it: give it back as it was."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
@@ -242,8 +253,8 @@ ATTACKS: dict[str, Attack] = {
     'deepfool': Attack('DeepFool', 'L2', _deepfool(clip=True), DEEPFOOL, loss='margin'),
     'deepfool_unclipped': Attack('DeepFool unclipped', 'L2', _deepfool(clip=False), DEEPFOOL, loss='margin'),
     'ddn': Attack('DDN', 'L2', _ddn, {'steps': 100}, 'foolbox'),
-    'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), STANDARD, 'pyautoattack', loss=''),
-    'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), STANDARD, 'pyautoattack', loss=''),
+    'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), STANDARD, 'pyautoattack', loss='several'),
+    'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), STANDARD, 'pyautoattack', loss='several'),
     'transfer': Attack('PGD on another net', 'Linf', _transfer, PGD, 'foolbox', loss=''),
     'noise': Attack('Gaussian noise', '', _noise, loss=''),
     'corruptions': Attack('Corruptions', '', _corruptions, loss=''),

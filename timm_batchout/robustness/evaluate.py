@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available, frozen
+from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available, frozen, modes_kept, seeded
 from timm_batchout.robustness.audit import measure, misled, suspicions, verdict
 from timm_batchout.robustness.fgsm_scores import parse_epsilon
 from timm_batchout.robustness.report import Report, Score
@@ -23,6 +23,7 @@ __all__ = ['evaluate', 'weights_sha256']
 
 AUDIT_IMAGES = 200
 OF_EVERY_ATTACK = ('n', 'eps')  # settings
+REMEDY = 'look for broken weights, or for a precision that is too low for them.'
 
 Plan = tuple[int, dict[str, float]]  # how many images an attack is run on, and its radii
 
@@ -64,7 +65,7 @@ def evaluate(
         eps_l2: L2 radii in [0, 1] pixels.
         settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``; for every attack also ``n``,
             to attack so many of the drawn images only, and ``eps``, for radii of its own.
-        transfer_from: The model that 'transfer' crafts its images on.
+        transfer_from: The model that 'transfer', and the audit, craft images on.
         n: How many images, drawn at random: data sets sorted by class are common; 0: all.
         audit: Check for gradient masking, and mark what it spoils.
         batch_size: Images per chunk.
@@ -89,20 +90,27 @@ def evaluate(
     radii = {'L2': {str(epsilon): _l2_radius(epsilon) for epsilon in eps_l2}, 'Linf': _linf_radii(eps)}
     if world_size > 1 and chunks is None:
         raise ValueError('Several processes share their work in a folder: name one as chunks.')
-    was_training = model.training
     started = time.perf_counter()
-    pixel_model = PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
-    try:
+    with modes_kept(model, *([] if transfer_from is None else [transfer_from])):
+        pixel_model, source = _in_pixels(model), None if transfer_from is None else _in_pixels(transfer_from)
         check_input(pixel_model, images, labels)
         total = len(images)
-        images, labels = _draw(images, labels, n, seed)
+        images, labels = _draw(images, labels.long(), n, seed)
         plans: dict[str, Plan] = {'clean': (len(images), {})}
         plans |= {attack: _plan(attack, options[attack], radii, len(images)) for attack in attacks}
         sha256 = weights_sha256(model)
-        stated = {name: {k: v for k, v in options[name].items() if k != 'source'} for name in attacks}
-        if transfer_from is not None and 'transfer' in stated:
+        stated = {name: dict(options[name]) for name in attacks}
+        if 'transfer' in options and transfer_from is not None:
             stated['transfer']['source_sha256'] = weights_sha256(transfer_from)
-        key = [sha256, _hash_tensors(images, labels), stated, plans, batch_size, seed]
+            options['transfer']['source'] = source
+        preprocessing = {
+            'mean': pixel_model.mean.flatten().tolist(),
+            'std': pixel_model.std.flatten().tolist(),
+            'input_size': list(images.shape[1:]),
+        }
+        machine = environment(images.device, sorted({ATTACKS[name].extra for name in attacks} - {''}))
+        versions = {name: value for name, value in machine.items() if name not in ('hardware', 'cpu_threads')}
+        key = [sha256, _hash_tensors(images, labels), preprocessing, stated, plans, batch_size, seed, versions]
         store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
         jobs = [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
         done: dict[tuple[str, int], dict] = {}
@@ -119,12 +127,11 @@ def evaluate(
             for attack, start in jobs:
                 if (attack, start) not in done:
                     done[attack, start] = _read(store, attack, start)
-            some = slice(0, AUDIT_IMAGES)
-            radius = max((r for a in attacks if ATTACKS[a].norm == 'Linf' for r in plans[a][1].values()), default=0)
-            radius = radius or 8 / 255
-            measured = measure(pixel_model, _pixels(images, some), labels[some], radius, seed=seed) if audit else {}
-    finally:
-        model.train(was_training)
+            measured = {}
+            if audit:
+                x, y = _pixels(images, slice(0, AUDIT_IMAGES)), labels[:AUDIT_IMAGES]
+                asked = [r for name in attacks if ATTACKS[name].norm == 'Linf' for r in plans[name][1].values()]
+                measured = measure(pixel_model, x, y, asked, seed=seed, source=source)
     scores = [
         score
         for attack, (_, eps_of) in plans.items()
@@ -134,7 +141,7 @@ def evaluate(
     if audit:
         right = {score.key: _column([done[job] for job in jobs if job[0] == score.attack], score) for score in scores}
         reasons = suspicions(measured, scores, right)
-        found = {**measured, 'suspicions': reasons, 'verdict': verdict(reasons)}
+        found = {**measured, 'suspicions': reasons, 'verdict': verdict(measured, reasons)}
         for score in scores:
             score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, measured, reasons)
     return Report(
@@ -145,17 +152,17 @@ def evaluate(
         batch_size=batch_size,
         seed=seed,
         weights_sha256=sha256,
-        preprocessing={
-            'mean': pixel_model.mean.flatten().tolist(),
-            'std': pixel_model.std.flatten().tolist(),
-            'input_size': list(images.shape[1:]),
-        },
+        preprocessing=preprocessing,
         settings=stated,
         scores=scores,
         audit=found,
-        environment=environment(images.device),
+        environment=machine,
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def _in_pixels(model: nn.Module) -> PixelModel:
+    return PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
 
 
 def _draw(images: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +179,10 @@ def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
         raise ValueError('There are no images to evaluate on.')
     if len(images) != len(labels):
         raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f'Images must be uint8, or floating in [0, 1], got {images.dtype}: images.to(torch.uint8)?')
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f'Labels must be class numbers (N,), int64, got {list(labels.shape)}, {labels.dtype}.')
     if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
     if model.mean.numel() not in (1, images.shape[1]):
@@ -179,7 +190,7 @@ def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
             f'The images have {images.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
             'and std of its pretrained_cfg, one value per channel.'
         )
-    with torch.no_grad():
+    with torch.no_grad(), seeded(0):
         try:
             logits = model(_pixels(images, slice(0, 2)))
         except AttributeError as error:
@@ -187,7 +198,7 @@ def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f'The model must return logits (B, classes) of two classes or more, got {list(logits.shape)}.')
     if not torch.isfinite(logits).all():
-        raise ValueError('The logits are NaN or infinite: the weights are broken.')
+        raise ValueError(f'The logits are NaN or infinite: {REMEDY}')
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ValueError(
             f'Labels must lie in [0, {logits.shape[1]}), the classes of the model; got '
@@ -209,10 +220,8 @@ def _options(
         if unknown:
             raise ValueError(f'{name} has no setting {unknown[0]!r}; it has {known}.')
         options[name] = {**ATTACKS[name].settings, **settings.get(name, {})}
-    if 'transfer' in options:
-        if transfer_from is None:
-            raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
-        options['transfer']['source'] = PixelModel(transfer_from)
+    if 'transfer' in options and transfer_from is None:
+        raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
     return options
 
 
@@ -252,12 +261,12 @@ def _chunk(
     options: dict[str, Any],
 ) -> dict[str, Any]:
     """The outcome on some images, as JSON."""
-    if attack == 'clean':
-        with torch.no_grad():
-            outcome = Outcome({'': model(images).argmax(1) == labels})
-    else:
-        own = {name: value for name, value in options.items() if name not in OF_EVERY_ATTACK}
-        outcome = ATTACKS[attack].run(model, images, labels, radii, seed, **own)
+    with seeded(seed):  # the model may draw, too
+        if attack == 'clean':
+            outcome = _clean(model, images, labels)
+        else:
+            own = {name: value for name, value in options.items() if name not in OF_EVERY_ATTACK}
+            outcome = ATTACKS[attack].run(model, images, labels, radii, seed, **own)
     # JSON knows no infinity: None where nothing was found.
     return {
         'right': {name: right.int().tolist() for name, right in outcome.right.items()},
@@ -266,6 +275,15 @@ def _chunk(
             for name, distance in outcome.distance.items()
         },
     }
+
+
+@torch.no_grad()
+def _clean(model: PixelModel, images: Tensor, labels: Tensor) -> Outcome:
+    logits = model(images)
+    broken = ~torch.isfinite(logits).all(1)
+    if broken.any():
+        raise ValueError(f'The logits of {int(broken.sum())} of {len(images)} images are NaN or infinite: {REMEDY}')
+    return Outcome({'': logits.argmax(1) == labels})
 
 
 def _saved(path: Path | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

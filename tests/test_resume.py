@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, starved of disk or led astray, and go on to the weights they would have had."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,8 +18,8 @@ from safetensors.torch import load_file
 
 from timm_batchout import batchout_sites
 from timm_batchout.cli import main
-from timm_batchout.training.checkpoints import newest_checkpoint
-from timm_batchout.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from timm_batchout.training.checkpoints import newest_checkpoint, restore_checkpoint
+from timm_batchout.training.config import AugmentConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.data import load_data
 from timm_batchout.training.run import Run
 from timm_batchout.training.scoring import _all
@@ -191,6 +192,105 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, alone, nu
     assert outcome(output) == alone
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_signal_stops_two_processes_whose_epochs_are_short(tmp_path):
+    """Ten updates an epoch; the launcher hands SIGTERM on, and would kill after half a minute."""
+    output = tmp_path / 'run'
+    process = start(TWO, arguments(tmp_path, output, epochs=200))
+    wait_for(output / 'checkpoints' / 'step_000000014', process)
+    os.kill(process.pid, signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert text.count('Stopped and saved. Go on with 2 processes, by the launcher: -m timm_batchout.cli train') == 1
+    checkpoint = newest_checkpoint(output)
+    stopped_at = int(checkpoint.name[-9:])
+    epochs = stopped_at // 20 + 1
+    finish(start(TWO, arguments(tmp_path, output, epochs=epochs, resume='true', allow_changes='true')))
+    assert len((output / 'metrics.jsonl').read_text().splitlines()) == epochs
+
+
+def test_processes_look_at_each_others_signals_every_few_seconds(monkeypatch):
+    run = prepared(epochs=5)
+    seconds = iter(range(1000))
+    monkeypatch.setattr('time.perf_counter', lambda: 2.0 * next(seconds))  # two seconds pass between two looks
+    looks = []
+
+    class Two:
+        num_processes, device = 2, 'cpu'
+
+        @staticmethod
+        def reduce(own, kind):
+            looks.append(run.progress.step)
+            return own + torch.tensor([float(len(looks) == 4), own[1].item()])
+
+    run.accelerator, run.looked = Two, -2.0
+    for step in range(1, 41):
+        run.progress.step = step
+        if run._must_stop():
+            break
+    # One update took two seconds: look after two more. Then two took two: after five. Then after twelve.
+    assert looks == [1, 3, 8, 20] and step == 20
+
+
+def test_a_checkpoint_of_other_processes_batches_or_optimizer_is_refused(tmp_path, killed, capsys):
+    output = shutil.copytree(killed, tmp_path / 'run')
+
+    def refused(**changes):
+        assert main(arguments(tmp_path, output, resume='true', allow_changes='true', **changes)) == 2
+        return capsys.readouterr().err
+
+    assert 'optimizer.name: saved' in refused(optimizer__name='sgd')
+    assert 'does not fit this recipe' in refused(model_args='{num_classes: 11}')
+    for later in (output / 'checkpoints').glob('step_*'):
+        if later.name != 'step_000000040':
+            shutil.rmtree(later)
+    assert main(arguments(tmp_path, output, resume='true', allow_changes='true', batch_size=64, epochs=2)) == 0
+
+    class Two:
+        num_processes = 2
+
+    with pytest.raises(ValueError, match='of a run on 1 processes, this is one on 2: go on with 1'):
+        restore_checkpoint(Two, newest_checkpoint(killed), prepared().progress, None)
+
+
+def test_a_checkpoint_holds_no_pickle_that_could_run_code(tmp_path, killed, capsys):
+    """Whoever changes a checkpoint can change its seal, too."""
+
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / 'pwned'),))
+
+    for name in sorted(
+        path.name for path in newest_checkpoint(killed).glob('*') if path.suffix in ('.pt', '.pkl', '.bin')
+    ):
+        output = shutil.copytree(killed, tmp_path / name)
+        checkpoint = newest_checkpoint(output)
+        torch.save({'epoch': Evil()}, checkpoint / name)
+        seal = json.loads((checkpoint / 'sha256.json').read_text())
+        seal[name] = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+        (checkpoint / 'sha256.json').write_text(json.dumps(seal))
+        refused = main(arguments(tmp_path, output, resume='true', allow_changes='true', epochs=1)) == 2
+        assert refused or name.startswith('random_states')  # Accelerate goes on without these
+        assert not (tmp_path / 'pwned').exists()
+
+
+def test_a_disk_that_is_really_full(tmp_path, capsys):
+    """A file system in memory of a few MiB: the weights fit, a checkpoint of them with the optimizer does not."""
+    output = tmp_path / 'run'
+    output.mkdir()
+    size = sum(p.numel() for p in timm.create_model('mnist_cnn').parameters()) * 4
+    mount = ['mount', '-t', 'tmpfs', '-o', f'size={int(2.2 * size)}', 'tmpfs', str(output)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('file systems cannot be mounted here')
+    try:
+        assert main(arguments(tmp_path, output)) == 2
+        error = capsys.readouterr().err
+        assert 'could not be written' in error and 'MiB are free' in error and 'Traceback' not in error
+        assert not list(output.rglob('*.tmp')) and not (output / 'checkpoints' / 'unfinished').exists()
+    finally:
+        subprocess.run(['umount', str(output)], check=True)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, alone, monkeypatch, capsys):
     save_state = Accelerator.save_state
     saved = []
@@ -229,6 +329,23 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, alone, killed, 
             assert resume(tmp_path, output) == alone
 
 
+def test_a_run_that_never_saved_leaves_a_folder_to_start_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, '_step', lambda *args: (_ for _ in ()).throw(RuntimeError('broken')))
+    assert main(arguments(tmp_path, tmp_path / 'run')) == 2
+    assert (tmp_path / 'run' / 'config.yaml').exists()
+    monkeypatch.undo()
+    assert main(arguments(tmp_path, tmp_path / 'run', epochs=1)) == 0
+    assert main(arguments(tmp_path, tmp_path / 'run', epochs=1)) == 2
+    assert 'is not empty' in capsys.readouterr().err
+
+
+def test_the_recorded_recipe_repeats_the_run(tmp_path, alone, killed):
+    output = shutil.copytree(killed, tmp_path / 'run')
+    assert resume(tmp_path, output) == alone
+    assert main(['train', '--config', str(output / 'config.yaml'), '--output', str(tmp_path / 'again')]) == 0
+    assert outcome(tmp_path / 'again') == alone
+
+
 def test_resume_auto_starts_where_there_is_nothing(tmp_path, capsys):
     output = tmp_path / 'run'
     assert main(arguments(tmp_path, output, resume='auto', epochs=1)) == 0
@@ -257,6 +374,10 @@ def test_a_loss_that_is_no_number(tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(tensor).all() for tensor in load_file(tmp_path / 'skip' / 'model.safetensors').values())
     _, _, metrics = outcome(tmp_path / 'skip')
     assert [record['non_finite_losses'] for record in metrics] == [0, 1, 0]
+    monkeypatch.setattr(objectives, 'plain', lambda *args: plain(*args) * float('nan'))
+    capsys.readouterr()
+    assert main(arguments(tmp_path, tmp_path / 'never', non_finite='skip')) == 2
+    assert 'Every loss of epoch 1 was NaN or infinite' in capsys.readouterr().err
 
 
 def test_a_dry_run_describes_and_writes_nothing(tmp_path, capsys):
@@ -291,6 +412,55 @@ def test_eta_warms_up_from_nothing():
     for updates, eta in ((0, 0.0), (40, 0.15), (80, 0.3), (100, 0.3)):
         run._warm_up_eta(updates)
         assert all(layer.eta == pytest.approx(eta) for layer in batchout_sites(run.model).values())
+
+
+def test_validation_every_few_epochs_and_after_the_last(tmp_path):
+    assert main(arguments(tmp_path, tmp_path / 'run', epochs=4, eval_epochs=3, ema_decay=0.0)) == 0
+    _, _, metrics = outcome(tmp_path / 'run')
+    assert ['val_accuracy' in record for record in metrics] == [False, False, True, True]
+
+
+def test_the_moving_average_is_one(tmp_path):
+    """Weights of the run are those of a run without it; the average is between the first and the last."""
+    run = prepared(ema_decay=0.75)
+    expected = {name: tensor.clone() for name, tensor in run.ema.module.state_dict().items()}
+    for images, labels in list(run.loader)[:3]:
+        run._step(images, labels)
+        for name, tensor in run.model.state_dict().items():
+            expected[name] = 0.75 * expected[name] + 0.25 * tensor
+    assert all(torch.allclose(tensor, expected[name], atol=1e-6) for name, tensor in run.weights.state_dict().items())
+    assert not torch.equal(run.weights.head.weight, run.model.head.weight)
+
+
+def test_learning_rates(monkeypatch):
+    """Scaled by the number of processes; down to a share of the peak; by the schedule that the recipe names."""
+
+    def rates(**changes):
+        run = prepared(epochs=4, optimizer=OptimizerConfig('sgd', lr=0.1), **changes)
+        seen = []
+        for updates in (0, 1, run.updates_per_epoch, 3 * run.updates_per_epoch, 4 * run.updates_per_epoch):
+            run.schedule.step_update(updates)
+            seen.append(run.optimizer.param_groups[0]['lr'])
+        return seen
+
+    first, second, peak, _, last = rates(schedule=ScheduleConfig(warmup_epochs=1, min_lr=0.1))
+    assert first == 0.0 and 0 < second < 0.01 and 0.08 < peak < 0.1 and last == pytest.approx(0.01)
+    dropped = rates(schedule=ScheduleConfig('step', warmup_epochs=0, decay_epochs=2, decay_rate=0.5))
+    assert dropped == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.025])
+    line = rates(schedule=ScheduleConfig('poly', warmup_epochs=0, decay_rate=1.0))
+    assert line[-2:] == pytest.approx([0.025, 0.0])
+    monkeypatch.setattr(Accelerator, 'num_processes', 2)
+    run = prepared(optimizer=OptimizerConfig('sgd', lr=0.1, scale_lr=True))
+    assert run.optimizer.param_groups[0]['initial_lr'] == pytest.approx(0.2)
+
+
+def test_mixup_hands_mixed_labels_to_the_loss():
+    run = prepared(augment=AugmentConfig(mixup=0.5))
+    targets = []
+    run.objective = lambda model, images, labels: targets.append(labels) or model(images).mean()
+    run._step(*next(iter(run.loader)))
+    assert targets[0].shape == (32, 10) and torch.allclose(targets[0].sum(1), torch.ones(32))
+    assert ((targets[0] > 0).sum(1) == 2).any()
 
 
 def test_gradients_are_clipped():

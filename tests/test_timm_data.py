@@ -194,7 +194,10 @@ def test_broken_images(copy):
         list(loader(whole, 8, shuffle=True))
 
 
-def test_bad_sets(copy, digits, tmp_path):
+def test_bad_sets(copy, digits, tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setenv('HF_HOME', str(tmp_path))
+    victim = next((copy / 'train').glob('*/*')).read_bytes()
     config = DataConfig('timm', str(copy), val_fraction=0.25, workers=0)
     with pytest.raises(ValueError, match='The data has the label 3, the model 3 classes'):
         list(TimmLoader(TimmSplit(config, 'validation'), 8, CFG, classes=3))
@@ -208,6 +211,16 @@ def test_bad_sets(copy, digits, tmp_path):
         load_data(config)
     with pytest.raises(ValueError, match='cannot open split'):
         TimmSplit(DataConfig('timm', str(tmp_path), dataset='wds/'), 'train')
+    rows = {'image': [{'bytes': victim, 'path': None}], 'label': [-1]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value('int64'))
+    (tmp_path / 'hub').mkdir()
+    for split in ('train', 'test'):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'hub' / f'{split}-0-of-1.parquet')
+    unlabelled = DataConfig('timm', str(tmp_path), dataset=f'hfds/{tmp_path / "hub"}', test_split='test', workers=0)
+    with pytest.raises(ValueError, match=r"Split 'test' of .* has no labels \(its first is -1\)"):
+        load_data(unlabelled)
+    with pytest.raises(ValueError, match='an image without a label'):
+        list(TimmLoader(TimmSplit(unlabelled, 'train'), 1, CFG, classes=3))
     with pytest.raises(ValueError, match=r'name a data\.val_split'):
         load_data(DataConfig('timm', str(digits / 'shards'), dataset='wds/'))
 

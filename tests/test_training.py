@@ -113,7 +113,7 @@ def test_resume_ends_with_the_same_weights(finished, tmp_path):
 def test_resume_refuses_a_changed_recipe_and_nothing_to_resume(finished, tmp_path, capsys):
     assert run(finished, '--epochs', '4', '--optimizer.lr', '5e-3', '--resume', 'true') == 2
     message = capsys.readouterr().err
-    assert 'optimizer.lr: saved 0.002, asked for 0.005' in message and 'allow_changes' in message
+    assert 'optimizer.lr: saved 0.002, asked for 0.005' in message and 'allow-changes' in message
     assert run(tmp_path / 'none', '--resume', 'true') == 2
     assert 'Nothing to resume' in capsys.readouterr().err
     assert not (tmp_path / 'none').exists()
@@ -356,16 +356,37 @@ def test_ranks_share_an_epoch_without_overlap():
 
 
 @pytest.mark.parametrize(
+    'text, message',
+    [
+        ('data: null', 'data is empty'),
+        ('precision: fp16\ndata: {name: digits}', 'fp16 needs a GPU'),
+        ('trackers: [nowhere]\ndata: {name: digits}', "'nowhere' is not installed"),
+        ('schedule: {min_lr: -1}', 'min_lr is a share'),
+        ('schedule: {name: step, decay_epochs: 0}', 'decay_epochs and decay_rate must be positive'),
+        ('data: {name: digits, val_fraction: 0.9999}', 'holds out every image. Lower it'),
+    ],
+)
+def test_more_that_is_refused_before_anything_is_written(tmp_path, capsys, text, message):
+    (tmp_path / 'recipe.yaml').write_text(text)
+    assert main(['train', '--config', str(tmp_path / 'recipe.yaml'), '--output', str(tmp_path / 'run')]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
     'words, expected',
     [
         (['--dry-run'], {'dry_run': True}),
         (['--dry-run', '--resume', '--seed', '3'], {'dry_run': True, 'resume': True, 'seed': 3}),
         (['--allow-changes=false', '--resume', 'auto'], {'allow_changes': False, 'resume': 'auto'}),
         (['--data.download', '--eval-batch-size=7'], {'data': DataConfig(download=True), 'eval_batch_size': 7}),
+        (['--trackers', 'tensorboard', 'wandb', '--epochs', '2'], {'trackers': ['tensorboard', 'wandb'], 'epochs': 2}),
+        (['--augment.scale', '0.5', '1'], {'augment': AugmentConfig(scale=[0.5, 1.0])}),
+        (['--trackers=[tensorboard]'], {'trackers': ['tensorboard']}),
         (['--output', '--dry-run'], None),  # a flag that takes a value still needs one
     ],
 )
-def test_switches_need_no_value_and_dashes_are_underscores(words, expected):
+def test_switches_need_no_value_lists_no_brackets_and_dashes_are_underscores(words, expected):
     if expected is None:
         with pytest.raises(ValueError, match='output'):
             parse(TrainConfig, words)
@@ -387,6 +408,9 @@ def test_a_recipe_states_what_differs_from_its_base(tmp_path, capsys):
     middle.write_text('base: nowhere.yaml')
     assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
     assert 'nowhere.yaml' in capsys.readouterr().err
+    middle.write_text('base: ../recipe.yaml')
+    assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
+    assert 'which is based on it' in capsys.readouterr().err
     middle.write_text('base: ../base.yaml\nepoch: 3')
     assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
     assert "Did you mean 'epochs'?" in capsys.readouterr().err

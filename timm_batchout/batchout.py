@@ -237,10 +237,7 @@ class BatchOutConfig:
 
 def _as_eta(eta: Any) -> Any:
     """A number or a pair of numbers. YAML and JSON have no tuples; NumPy's numbers and 0-d tensors have values."""
-    if isinstance(eta, (list, tuple)):
-        eta = tuple(_as_number(bound) for bound in eta)
-    else:
-        eta = _as_number(eta)
+    eta = tuple(map(_as_number, eta)) if isinstance(eta, (list, tuple)) else _as_number(eta)
     _check_eta(eta)
     return eta
 

@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,9 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
         keys = [action.dest for action in parser._actions]
         hint = _nearest(next(filter(None, unknown.groups())), keys) if unknown else ''
         raise ValueError(f'{error}{hint}') from error
+    for field in fields(config_class):
+        if is_dataclass(field.type) and parsed[field.name] is None:
+            raise ValueError(f'{field.name} is empty (null): give it its keys, or leave it out.')
     values = vars(getattr(parser, 'instantiate', parser.instantiate_classes)(parsed))
     return config_class(**{key: value for key, value in values.items() if key != 'config'})
 
@@ -75,27 +78,40 @@ def _named(config_class: type, arguments: list[str]) -> list[str]:
 
 
 def _spelled_out(config_class: type, arguments: list[str]) -> list[str]:
-    """``--dry-run`` is ``--dry_run``, and a switch without a value is on."""
-    switches = set(_switches(config_class))
+    """``--dry-run`` is ``--dry_run``, a switch without a value is on, and ``--eps 1/255 2/255`` is a list."""
+    kinds = dict(_kinds(config_class))
     spelled: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], '--'], strict=True):
-        if argument.startswith('--'):
-            flag, equals, value = argument.partition('=')
-            flag = flag[:2] + flag[2:].replace('-', '_')
-            if not equals and flag[2:] in switches and following.startswith('-'):
-                equals, value = '=', 'true'
-            argument = flag + equals + value
-        spelled.append(argument)
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith('--'):
+            spelled.append(argument)
+            continue
+        flag, equals, value = argument.partition('=')
+        flag = flag[:2] + flag[2:].replace('-', '_')
+        kind = kinds.get(flag[2:])
+        words = [value] if equals else []
+        while kind and not equals and rest and not rest[0].startswith('-'):
+            words.append(rest.pop(0))
+        if kind == 'switch':
+            spelled += [f'{flag}={" ".join(words) or "true"}']
+        elif kind == 'list' and words:
+            whole = len(words) == 1 and words[0].startswith('[')
+            spelled += [f'{flag}={words[0] if whole else "[" + ", ".join(words) + "]"}']
+        else:
+            spelled += [flag + equals + value]
     return spelled
 
 
-def _switches(config_class: Any, prefix: str = '') -> Iterator[str]:
-    """The dotted names of all fields that are on or off."""
+def _kinds(config_class: Any, prefix: str = '') -> Iterator[tuple[str, str]]:
+    """The dotted names of all fields that are 'switch' or 'list'."""
     for field in fields(config_class):
         if isinstance(field.default, bool):
-            yield prefix + field.name
+            yield prefix + field.name, 'switch'
+        elif str(field.type).startswith('list'):
+            yield prefix + field.name, 'list'
         elif is_dataclass(field.type):
-            yield from _switches(field.type, f'{prefix}{field.name}.')
+            yield from _kinds(field.type, f'{prefix}{field.name}.')
 
 
 def _with_bases(arguments: list[str]) -> list[str]:
@@ -110,17 +126,19 @@ def _with_bases(arguments: list[str]) -> list[str]:
     return merged
 
 
-def _read_recipe(path: Path) -> str:
+def _read_recipe(path: Path, seen: Sequence[Path] = ()) -> str:
     """The recipe, merged with its base; '' if it has none."""
     import yaml
 
     recipe = yaml.safe_load(path.read_text())
     if not isinstance(recipe, dict) or 'base' not in recipe:
         return ''
-    base = path.parent / recipe.pop('base')
+    base = path.parent / str(recipe.pop('base'))
     if not base.is_file():
         raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is not there.')
-    whole = yaml.safe_load(_read_recipe(base) or base.read_text())
+    if base.resolve() in (seen := [*seen, path.resolve()]):
+        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is based on it.')
+    whole = yaml.safe_load(_read_recipe(base, seen) or base.read_text())
     return yaml.safe_dump(_merge(whole, recipe), sort_keys=False)
 
 

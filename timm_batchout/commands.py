@@ -174,7 +174,8 @@ def run_train(config: TrainConfig) -> int:
     try:
         train(config)
     except Interrupted as stopped:  # asked for, and saved: no failure
-        print(stopped)
+        if str(stopped):  # on the main process
+            print(stopped)
     return 0
 
 

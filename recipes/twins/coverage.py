@@ -417,7 +417,8 @@ def main() -> None:
 
     walk(todo, compiled=False)
     # Again, compiled, the smallest net of every family: only now are the sizes known.
-    walk([arch for arch in representatives(known).values() if 'compiled' not in known[arch]], compiled=True)
+    smallest = [arch for arch in representatives(known).values() if not arguments.only or arch in wanted]
+    walk([arch for arch in smallest if 'compiled' not in known[arch]], compiled=True)
 
 
 if __name__ == '__main__':

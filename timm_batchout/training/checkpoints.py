@@ -4,19 +4,23 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_batchout.provenance import write_atomically
 
-__all__ = ['Progress', 'newest_checkpoint', 'restore_checkpoint', 'save_checkpoint']
+__all__ = ['Progress', 'describe', 'newest_checkpoint', 'restore_checkpoint', 'save_checkpoint']
 
 SEAL = 'sha256.json'
+PROGRESS, EMA = 'progress.pt', 'ema.pt'
 
 
 class Progress:
@@ -54,8 +58,10 @@ class Progress:
             setattr(self, name, state[name])
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path, forwards: int, keep: int) -> None:
-    """All that the accelerator prepared or was told to save, in ``output/checkpoints/step_N``.
+def save_checkpoint(
+    accelerator: Accelerator, output: Path, progress: Progress, ema: nn.Module | None, forwards: int, keep: int
+) -> None:
+    """All that the accelerator prepared, the progress and the moving average, in ``output/checkpoints/step_N``.
 
     Raises:
         RuntimeError: It could not be written. Earlier checkpoints are intact.
@@ -70,6 +76,10 @@ def save_checkpoint(accelerator: Accelerator, output: Path, forwards: int, keep:
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            # Not registered with the accelerator, which would read them back as pickles that can run code.
+            torch.save(progress.state_dict(), temporary / PROGRESS)
+            if ema is not None:
+                torch.save(ema.state_dict(), temporary / EMA)
             write_atomically(temporary / SEAL, json.dumps(_hashes(temporary), indent=1))
             final = folder / f'step_{forwards:09d}'
             shutil.rmtree(final, ignore_errors=True)  # a damaged one that a resumed run passed over
@@ -80,7 +90,15 @@ def save_checkpoint(accelerator: Accelerator, output: Path, forwards: int, keep:
         shutil.rmtree(temporary, ignore_errors=True)
         last = max(folder.glob('step_*'), default=None)
         rest = f'{last} is the last one' if last else 'there is no earlier one'
-        raise RuntimeError(f'A checkpoint could not be written to {folder}: {error}. {rest}.') from error
+        raise RuntimeError(
+            f'A checkpoint could not be written to {folder}: {describe(error, output)}. {rest}.'
+        ) from error
+
+
+def describe(error: Exception, folder: Path) -> str:
+    """A failed write, in words: torch and safetensors do not say that a disk is full."""
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f'{first_line} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free)'
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -93,9 +111,44 @@ def newest_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def restore_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Load a checkpoint into what the accelerator prepared or was told to save."""
-    accelerator.load_state(str(checkpoint))
+def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progress, ema: nn.Module | None) -> None:
+    """Load a checkpoint into what the accelerator prepared, the progress and the moving average.
+
+    Raises:
+        ValueError: It is of another number of processes, or of a net, an optimizer or batches that it does not fit.
+    """
+    with _clear_errors(checkpoint):
+        state = torch.load(checkpoint / PROGRESS, map_location='cpu', weights_only=True)
+    processes, forwards = state['losses'].shape
+    if processes != accelerator.num_processes:
+        raise ValueError(
+            f'{checkpoint} is of a run on {processes} processes, this is one on {accelerator.num_processes}: '
+            f'go on with {processes}.'
+        )
+    if forwards != progress.losses.shape[1]:
+        if state['step']:
+            raise ValueError(
+                f'{checkpoint} is within an epoch of {forwards} batches, now they are {progress.losses.shape[1]}: '
+                'batch_size and data can change between epochs only.'
+            )
+        state['losses'] = progress.losses
+    with _clear_errors(checkpoint):
+        accelerator.load_state(str(checkpoint))
+        if ema is not None:
+            ema.load_state_dict(torch.load(checkpoint / EMA, map_location=accelerator.device, weights_only=True))
+    progress.load_state_dict(state)
+
+
+@contextmanager
+def _clear_errors(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnpicklingError as error:
+        raise ValueError(f'{checkpoint} holds what could run code, and is not read. Is it of this run?') from error
+    except (KeyError, ValueError, RuntimeError, FileNotFoundError) as error:
+        raise ValueError(
+            f'{checkpoint} does not fit this recipe ({error}): model, optimizer and ema_decay must stay.'
+        ) from error
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -103,16 +103,22 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    """Linear warm-up, then cosine decay, updated every step.
+    """Linear warm-up, then decay, updated every step.
 
     Args:
+        name: timm's: 'cosine', 'tanh', 'poly' (linear, with decay_rate 1), or 'step'.
         warmup_epochs: May be a fraction.
-        min_lr: Learning rate at the end, as a share of the peak.
+        min_lr: Learning rate at the end, as a share of the peak ('step': without effect).
+        decay_epochs: 'step': between two drops.
+        decay_rate: 'step': the factor of a drop; 'poly': the power.
         eta_warmup_epochs: BatchOut's eta grows linearly from 0 over so many epochs.
     """
 
+    name: Literal['cosine', 'tanh', 'poly', 'step'] = 'cosine'
     warmup_epochs: float = 1.0
     min_lr: float = 0.0
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
     eta_warmup_epochs: float = 0.0
 
 
@@ -232,9 +238,16 @@ class TrainConfig:
             raise ValueError(f'data.val_fraction must lie between 0 and 1, got {self.data.val_fraction}.')
         if self.optimizer.lr <= 0:
             raise ValueError(f'optimizer.lr must be positive, got {self.optimizer.lr}.')
-        if not 0 <= self.schedule.warmup_epochs < self.epochs:
+        if not 0 <= self.schedule.warmup_epochs <= self.epochs:
             raise ValueError(
-                f'schedule.warmup_epochs must lie in [0, epochs={self.epochs}), got {self.schedule.warmup_epochs}.'
+                f'schedule.warmup_epochs must lie in [0, epochs={self.epochs}], got {self.schedule.warmup_epochs}.'
+            )
+        if not 0 <= self.schedule.min_lr <= 1:
+            raise ValueError(f'schedule.min_lr is a share of the peak, in [0, 1], got {self.schedule.min_lr}.')
+        if self.schedule.decay_epochs <= 0 or self.schedule.decay_rate <= 0:
+            raise ValueError(
+                'schedule.decay_epochs and decay_rate must be positive, got '
+                f'{self.schedule.decay_epochs} and {self.schedule.decay_rate}.'
             )
         if self.objective.name == 'fgsm' and not 0 < self.objective.epsilon <= 1:
             raise ValueError(
@@ -271,5 +284,5 @@ class TrainConfig:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the result: all but how the run is launched."""
+        """What decides the result, and where the data was: for result files."""
         return {name: value for name, value in asdict(self).items() if name not in self.LAUNCH}

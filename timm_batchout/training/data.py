@@ -53,8 +53,9 @@ def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSpli
         count = round(config.val_fraction * len(members))
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     train, val = whole.subset(~held_out), whole.subset(held_out)
-    if len(val) == 0:
-        raise ValueError(f'data.val_fraction={config.val_fraction} holds out no image. Raise it.')
+    if len(val) == 0 or len(train) == 0:
+        none, change = ('no image', 'Raise') if len(val) == 0 else ('every image', 'Lower')
+        raise ValueError(f'data.val_fraction={config.val_fraction} holds out {none}. {change} it.')
     return train, val, load_split(config, train=False)
 
 

@@ -11,6 +11,7 @@ run/result.json          test accuracy, recipe, seed, versions, hardware, sha256
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 
@@ -68,9 +70,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / RECIPE, config.to_yaml())
+        write_atomically(output / RECIPE, replace(config, resume=False, allow_changes=False).to_yaml())
     if checkpoint:
-        restore_checkpoint(accelerator, checkpoint)
+        restore_checkpoint(accelerator, checkpoint, run.progress, run.ema)
     if config.trackers:
         accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
     with stop_signals(run):
@@ -86,6 +88,12 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     processes = int(os.environ.get('WORLD_SIZE', '1'))
     on_cpu = parse_flag_from_env('ACCELERATE_USE_CPU') or not torch.accelerator.is_available()
     sharded = [name for name in ('DEEPSPEED', 'FSDP') if parse_flag_from_env(f'ACCELERATE_USE_{name}')]
+    if config.precision == 'fp16' and on_cpu:
+        raise ValueError('precision fp16 needs a GPU, and there is none: use bf16.')
+    available = [tracker.value for tracker in get_available_trackers()]
+    missing = [name for name in config.trackers if name not in available]
+    if missing:
+        raise ValueError(f"Tracker {missing[0]!r} is not installed, or not one of Accelerate's; there are {available}.")
     if sharded and on_cpu:
         raise ValueError(f'{sharded[0]} needs GPUs, and there are none: recipes/accelerate/two_cpu_processes.yaml.')
     if sharded and config.ema_decay:
@@ -160,7 +168,7 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
     """The checkpoint to resume from; None for a new run, whose folder must be free."""
     checkpoint = newest_checkpoint(output) if config.resume else None
     if not config.resume:
-        if output.exists() and any(output.iterdir()):
+        if output.exists() and any(output.iterdir()) and not _never_saved(output):
             raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume.')
         return None
     if checkpoint is None:
@@ -173,7 +181,16 @@ def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
             'The recipe differs from that of the run to resume (--allow-changes resumes all the same):\n'
             + '\n'.join(changes)
         )
+    for line in changes:
+        if line.split(':')[0].strip() in ('model', 'optimizer.name'):
+            raise ValueError(f'This cannot change within a run: start a new one.\n{line}')
     return checkpoint
+
+
+def _never_saved(output: Path) -> bool:
+    """A run began here and ended before its first checkpoint: there is nothing to lose, and nothing to resume."""
+    kept = [*output.glob('checkpoints/step_*'), *output.glob('model.safetensors')]
+    return (output / RECIPE).is_file() and not kept
 
 
 def recipe_changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 import timm.optim
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import Mixup
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from timm_batchout.inject import batchout_sites
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
+from timm_batchout.training.checkpoints import Progress, describe, newest_checkpoint, save_checkpoint
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.data import Split, TensorLoader, data_label
 from timm_batchout.training.objectives import make_objective
@@ -33,7 +34,8 @@ from timm_batchout.training.timm_data import TimmLoader, TimmSplit, input_cfg
 __all__ = ['RECIPE', 'Interrupted', 'Run', 'stop_signals']
 
 RECIPE = 'config.yaml'
-LOOK_EVERY = 20  # forwards between two looks at the losses and, on several processes, at the stop signals of the others
+LOOK_EVERY = 20  # forwards between two looks at the losses; at most so many updates between two at others' stop signals
+LOOK_SECONDS = 5  # between the latter
 
 
 class Interrupted(Exception):
@@ -73,13 +75,17 @@ class Run:
             weight_decay=config.optimizer.weight_decay,
             momentum=config.optimizer.momentum,
         )
-        self.schedule = CosineLRScheduler(
+        self.schedule, _ = create_scheduler_v2(
             optimizer,
-            t_initial=config.epochs * self.updates_per_epoch,
-            lr_min=lr * config.schedule.min_lr,
-            warmup_t=round(config.schedule.warmup_epochs * self.updates_per_epoch),
-            warmup_prefix=False,
-            t_in_epochs=False,
+            config.schedule.name,
+            num_epochs=config.epochs,
+            decay_epochs=config.schedule.decay_epochs,
+            decay_rate=config.schedule.decay_rate,
+            min_lr=lr * config.schedule.min_lr,
+            warmup_lr=0.0,
+            warmup_epochs=config.schedule.warmup_epochs,  # type: ignore[arg-type]  # a float will do
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
         )
         self.etas = [(layer, layer.eta) for layer in batchout_sites(model).values()]  # at full strength
         if config.compile:
@@ -91,11 +97,11 @@ class Run:
             ModelEmaV3(accelerator.unwrap_model(self.model), decay=config.ema_decay) if config.ema_decay else None
         )
         self.progress = Progress(accelerator.num_processes, len(self.loader))
-        accelerator.register_for_checkpointing(self.progress, *([self.ema] if self.ema else []))
         self.losses = torch.zeros(len(self.loader), device=accelerator.device)  # of this process and epoch
         steps = config.checkpoint.steps * config.accumulate  # between updates: no gradient is half accumulated
         self.saved_at = range(steps, len(self.loader), steps) if steps else ()  # within each epoch
         self.stop_asked = False
+        self.updates_to_look, self.look_every, self.looked = 1, 1, time.perf_counter()  # at the others' stop signals
 
     def _loader(self, split: Split | TimmSplit, size: int, shuffle: bool = False) -> TensorLoader | TimmLoader:
         options: dict[str, Any] = {
@@ -135,15 +141,21 @@ class Run:
                 self._check_losses()
             if self._must_stop():
                 self._save()
-                raise Interrupted(f'Stopped and saved. Go on with: {self._resume_command()}')
+                raise Interrupted(self._how_to_go_on() if self.accelerator.is_main_process else '')
             if progress.step in self.saved_at:
                 self._save()
         self._check_losses()
         self._report(self._epoch_record())
         self._save()
 
-    def _resume_command(self) -> str:
-        return shlex.join(['timm-batchout', 'train', '--config', str(self.output / RECIPE), '--resume'])
+    def _how_to_go_on(self) -> str:
+        command = shlex.join(['train', '--config', str(self.output / RECIPE), '--resume'])
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return f'Stopped and saved. Go on with: timm-batchout {command}'
+        return (
+            f'Stopped and saved. Go on on {processes} processes, by the same launcher: -m timm_batchout.cli {command}'
+        )
 
     def _progress_bar(self) -> tqdm:
         images = self.config.batch_size * self.accelerator.num_processes
@@ -186,8 +198,9 @@ class Run:
         config = self.config
         if config.clip_grad or config.non_finite == 'skip':
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad or float('inf'))
-            if config.non_finite == 'skip' and not torch.isfinite(norm):
-                return  # the same on all processes: gradients were averaged before
+            # The same on all processes: gradients were averaged before. With fp16 the gradient scaler skips the step.
+            if config.non_finite == 'skip' and not torch.isfinite(norm) and self.accelerator.scaler is None:
+                return
         self.optimizer.step()
         if self.ema:
             self.ema.update(self.accelerator.unwrap_model(self.model))
@@ -202,14 +215,21 @@ class Run:
 
     def _must_stop(self) -> bool:
         """A signal came, here or, on several processes, to any of them: all must stop after the same step."""
-        if self.progress.step % self.config.accumulate:
+        if self.progress.step % self.config.accumulate and self.progress.step < len(self.loader):
             return False  # gradients that are half accumulated would be lost
         if self.accelerator.num_processes == 1:
             return self.stop_asked
-        if self.progress.step // self.config.accumulate % LOOK_EVERY:
+        self.updates_to_look -= 1
+        if self.updates_to_look:
             return False
-        asked = torch.tensor(float(self.stop_asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, 'sum') > 0)
+        now = time.perf_counter()
+        own = torch.tensor([float(self.stop_asked), now - self.looked], device=self.accelerator.device)
+        asked, seconds = self.accelerator.reduce(own, 'sum').tolist()
+        # Launchers kill after half a minute. From the sum of all clocks: every process must come to the same number.
+        per_update = max(seconds, 1e-9) / self.accelerator.num_processes / self.look_every
+        self.updates_to_look = self.look_every = max(1, min(LOOK_EVERY, int(LOOK_SECONDS / per_update)))
+        self.looked = now
+        return asked > 0
 
     def _check_losses(self) -> None:
         """Stop at a loss that is no number, before it can get into a checkpoint."""
@@ -238,6 +258,11 @@ class Run:
             'images_per_second': round(images / progress.seconds, 1),
             'seconds': round(progress.seconds, 2),
         }
+        if not finite.any():
+            raise FloatingPointError(
+                f'Every loss of epoch {record["epoch"]} was NaN or infinite: skipping such steps does not help. Lower '
+                f'optimizer.lr. The last good checkpoint: {newest_checkpoint(self.output) or "none yet"}.'
+            )
         if self.config.non_finite == 'skip':
             record['non_finite_losses'] = int((~finite).sum())
         if isinstance(self.loader, TimmLoader):
@@ -258,12 +283,10 @@ class Run:
             return
         lines = ''.join(json.dumps(line) + '\n' for line in self.progress.metrics)
         write_atomically(self.output / 'metrics.jsonl', lines)
-        validated = 'val_accuracy' in record
-        tqdm.write(
-            f'epoch {record["epoch"]}/{self.config.epochs}  loss {record["train_loss"]:.3f}  '
-            + (f'val accuracy {record["val_accuracy"]:.4f}  logit std {record["val_logit_std"]:.1f}  ' * validated)
-            + f'{record["images_per_second"]:.0f} images/s'
-        )
+        line = f'epoch {record["epoch"]}/{self.config.epochs}  loss {record["train_loss"]:.3f}  '
+        if 'val_accuracy' in record:
+            line += f'val accuracy {record["val_accuracy"]:.4f}  logit std {record["val_logit_std"]:.1f}  '
+        tqdm.write(line + f'{record["images_per_second"]:.0f} images/s')
 
     def _all_losses(self) -> Tensor:
         """Of all processes in this epoch, (processes, forwards)."""
@@ -273,7 +296,8 @@ class Run:
         if self.progress.step:  # within an epoch
             self._check_losses()
             self.progress.losses = self._all_losses()
-        save_checkpoint(self.accelerator, self.output, self.forwards, self.config.checkpoint.keep)
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.accelerator, self.output, self.progress, self.ema, self.forwards, keep)
 
     def finish(self) -> dict[str, Any]:
         """Test, write the weights and result.json; returns the latter."""
@@ -305,8 +329,16 @@ class Run:
         state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
         path = self.output / name
         temporary = path.with_suffix('.tmp')
-        save_file(state_dict, temporary, metadata={'format': 'pt'})
-        temporary.rename(path)
+        try:
+            save_file(state_dict, temporary, metadata={'format': 'pt'})
+            temporary.rename(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            last = newest_checkpoint(self.output)
+            raise RuntimeError(
+                f'{path} could not be written: {describe(error, self.output)}. '
+                f'Make room, and go on with --resume from {last or "the start"}.'
+            ) from error
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -70,6 +70,18 @@ class TimmSplit:
         part.__dict__ |= self.__dict__ | {'indices': self.indices[indices]}  # type: ignore[index]
         return part
 
+    def check_labelled(self) -> None:
+        """Test splits of public sets often have no labels (-1); their first image tells it before any training."""
+        try:
+            _, label = next(iter(self.dataset)) if self.streamed else self.dataset[0]
+        except (RuntimeError, OSError, StopIteration):  # one that does not decode is dealt with where it is read
+            return
+        if label is None or int(label) < 0:
+            raise ValueError(
+                f'Split {self.split!r} of {self._name} has no labels (its first is {label}). Choose another one '
+                '(data.val_split, data.test_split).'
+            )
+
     def open(self, seed: int = 0, batch_size: int = 1, image_mode: str = 'RGB') -> Any:
         """The dataset, giving PIL images and labels."""
         config = self.config
@@ -124,8 +136,11 @@ def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSpli
     """Training, validation and test split; validation is held out of the training split unless it has its own."""
     train = TimmSplit(config, config.train_split, training=True)
     test = TimmSplit(config, config.test_split, class_to_idx=train.class_to_idx)
+    test.check_labelled()
     if config.val_split:
-        return train, TimmSplit(config, config.val_split, class_to_idx=train.class_to_idx), test
+        val = TimmSplit(config, config.val_split, class_to_idx=train.class_to_idx)
+        val.check_labelled()
+        return train, val, test
     if train.streamed:
         raise ValueError('A streamed training set has no images that could be held out: name a data.val_split.')
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
@@ -206,6 +221,11 @@ class TimmLoader:
             if any(errors) and self.split.config.broken == 'stop':
                 raise ValueError(f'{next(filter(None, errors))}. data.broken=skip passes such images over.')
             good = labels >= 0
+            if (~good).sum() > sum(map(bool, errors)):
+                raise ValueError(
+                    f'The data has the label {int(labels.min())}: an image without a label. Choose another split '
+                    '(data.train_split, val_split, test_split).'
+                )
             if not good.all():  # in evaluation
                 images, labels = images[good], labels[good]
             if len(labels) and labels.max() >= self.classes:

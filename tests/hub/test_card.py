@@ -129,7 +129,7 @@ def test_images_of_different_nets_are_not_compared():
         one.scores.append(Score('transfer', '8/255', 'Linf', 8 / 255, 30 + (one is ours), 100))
         one.settings['transfer'] = {'steps': 20, 'source_sha256': source}
     text = make_card(entry(report=ours, twin=theirs, nets={'a' * 64: 'plain'})).text
-    assert '| PGD on another net Linf 8/255 | 100 | 31.00 | 30.00 |' in text
+    assert '| 100 | 31.00 | 30.00 |' in text, 'in bold neither'
     assert 'this model were crafted on `plain`, ' in text and 'crafted on weights with the hash bbbbbbbbbbbb...' in text
     theirs.settings['transfer']['source_sha256'] = 'a' * 64
     assert '| **31.00** | 30.00 |' in comparison([ours, theirs])
@@ -223,6 +223,16 @@ def test_the_gallery(gallery):
     assert '| [a](a/README.md) | **90.00** | **2.00** | 20.00 (masked) | 50.00 (masked) | 0.00 (masked) |' in table
     assert '| [b](b/README.md) | 80.00 | **2.00** | **20.00** | **50.00** | 0.00 |' in table, '0.00 is never best'
     assert_self_contained((gallery / 'index.html').read_text())
+
+
+def test_nothing_right_is_nothing_checked(tmp_path):
+    hopeless = report()
+    hopeless.audit = {'n': 0, 'suspicions': [], 'verdict': 'nothing to check: no image was classified right.'}
+    (tmp_path / 'net').mkdir()
+    (tmp_path / 'net' / 'results.json').write_text(json.dumps({'repo': 'me/net', 'report': hopeless.to_dict()}))
+    write_gallery(tmp_path)
+    assert (tmp_path / 'README.md').read_text().endswith('| not checked |\n')
+    assert 'nothing to check' in make_card(entry(report=hopeless)).text
 
 
 def assert_self_contained(page):

@@ -79,7 +79,7 @@ def _best(reports: list[Report], key: tuple[str, str]) -> float:
 
 
 def _masking(report: Report) -> str:
-    if not report.audit:
+    if not report.audit or not report.audit['n']:  # no image was right: nothing to check
         return 'not checked'
     return 'likely' if report.audit['suspicions'] else 'no sign of it'
 

@@ -331,13 +331,13 @@ def test_every_suspicion_alone(changes, reason, marked):
     assert ('AutoAttack' in verdict(measured, found)) == ('several' in marked)
 
 
-def test_a_net_that_overfitted_to_fgsm_is_found_by_the_default_attack(digits):
+def test_a_net_that_overfitted_to_fgsm_is_found_by_the_default_attack(net, digits):
     """FGSM alone at 0.3, where PGD leaves nothing on any loss: the bundled net of FGSM training on MNIST."""
-    fgsm_at, honest = (
-        evaluate(timm.create_model(f'mnist_cnn.{tag}_mnist', pretrained=True), *digits, eps=['0.3'], n=30, audit=True)
-        for tag in ('fgsm_at', 'baseline')
+    fgsm_at = evaluate(
+        timm.create_model('mnist_cnn.fgsm_at_mnist', pretrained=True), *digits, eps='0.3', n=20, audit=True
     )
     assert fgsm_at.score('fgsm', '0.3').masked and 'have other gradients' in fgsm_at.audit['verdict']
+    honest = evaluate(net, *digits, eps='0.3', audit=True)
     assert honest.audit['verdict'] == 'no sign of it.' and honest.score('clean').correct == honest.audit['n']
     tried = {entry['radius']: entry for entry in honest.audit['radii']}
     assert round(tried[0.3]['fgsm'] * honest.audit['n']) == honest.score('fgsm', '0.3').correct
@@ -412,6 +412,20 @@ class Tuple(nn.Module):
         ({'eps': [-0.1]}, r'epsilon is in \[0, 1\] pixels'),
         ({'eps': ['8']}, r'epsilon is in \[0, 1\] pixels'),
         ({'eps_l2': ['-1']}, 'at least 0'),
+        ({'eps_l2': ['1/0']}, "must be a number such as 0.5 or '128/255', got '1/0'"),
+        ({'eps_l2': [math.inf]}, 'finite, got inf'),
+        ({'batch_size': 0}, 'batch_size must be at least 1, got 0'),
+        (
+            {'attacks': ['pgd'], 'settings': {'pgd': {'steps': 'abc'}}},
+            "steps of pgd must be a whole number.* got 'abc'",
+        ),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'steps': 0}}}, 'steps of pgd must be a whole number, 1 or more'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'n': 2.5}}}, 'n of pgd must be a whole number, 1 or more, got 2.5'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'rel_stepsize': 'x'}}}, 'rel_stepsize of pgd must be a number'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'random_start': 1}}}, 'must be true or false, got 1'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'eps': [None]}}}, 'epsilon must be a number'),
+        ({'attacks': ['autoattack'], 'settings': {'autoattack': {'stages': []}}}, r"some of \['apgd-ce'"),
+        ({'attacks': ['autoattack'], 'settings': {'autoattack': {'stages': ['apgd']}}}, r"some of \['apgd-ce'"),
         ({'settings': {'pgd': {'steps': 3}}}, 'not among the attacks'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'stpes': 3}}}, "no setting 'stpes'"),
         ({'images': torch.full((2, 1, 28, 28), 1.5)}, r'Images must lie in \[0, 1\]'),
@@ -428,6 +442,9 @@ class Tuple(nn.Module):
         ({'labels': torch.tensor([-1, 0])}, r'Labels must lie in \[0, 10\)'),
         ({'model': nn.Sequential(nn.Flatten(), nn.Linear(784, 1))}, 'two classes or more'),
         ({'model': Tuple()}, 'must return a tensor of logits'),
+        ({'labels': None}, 'two tensors, or a data set'),
+        ({'images': [torch.zeros(1, 28, 28)], 'labels': None}, 'pairs of an image'),
+        ({'images': [(torch.zeros(1, 28, 28), 0)]}, 'two tensors, or a data set'),
         ({'world_size': 2}, 'name one as chunks'),
         ({'model': timm.create_model('test_resnet', in_chans=1)}, 'The images have 1 channels, the model takes 3'),
     ],
@@ -439,7 +456,12 @@ def test_bad_input(net, changes, message):
 
 
 def test_bad_commands(tmp_path, capsys):
+    damaged = tmp_path / 'damaged.safetensors'
+    damaged.write_bytes(b'half of it')
     for arguments, message in (
+        ([str(damaged)], 'is a file: name the architecture as MODEL, and the file as --checkpoint'),
+        (['mnist_cnn', '--checkpoint', 'nowhere.safetensors'], "'nowhere.safetensors' is not there"),
+        (['mnist_cnn', '--checkpoint', str(damaged)], 'damaged.safetensors is damaged'),
         (['mnist_cnn', 'cifar_vgg'], 'Name one model, got 2: mnist_cnn cifar_vgg'),
         (['mnist_cnm'], "Did you mean 'mnist_cnn'"),
         (['mnist_cnn', '--data.name', 'digits', '--images', '9999'], 'images must lie in [1, '),
@@ -450,6 +472,38 @@ def test_bad_commands(tmp_path, capsys):
     ):
         assert main(['evaluate', *arguments]) == 2
         assert message in capsys.readouterr().err, arguments
+
+
+def test_files_that_are_no_reports(tmp_path, capsys):
+    for text in ('{', '[]', '{}', '{"scores": [{}]}', '\xff'):
+        (tmp_path / 'other.json').write_text(text, 'latin-1')
+        assert main(['compare', str(tmp_path / 'other.json')]) == 2
+        assert "other.json' is no report" in capsys.readouterr().err
+
+
+def test_the_audit_needs_no_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'foolbox', None)
+    command = ['evaluate', 'mnist_cnn', '--data.name', 'digits', '--images', '2', '--device', 'cpu']
+    assert main(command) == 0 and 'Gradient masking' in capsys.readouterr().out
+    assert main([*command, '--attacks', '[pgd]']) == 2 and 'needs foolbox' in capsys.readouterr().err
+
+
+def test_a_data_set_is_its_images_and_labels(net, digits):
+    pairs = list(zip(pixels(digits[0]), digits[1].tolist(), strict=True))
+    assert without_time(evaluate(net, pairs, eps='0.1')) == without_time(
+        evaluate(net, pixels(digits[0]), digits[1], eps=['0.1'])
+    )
+
+
+def test_rows_of_other_settings_are_marked(net, digits):
+    one, many = (
+        evaluate(net, *digits, ['fgsm', 'pgd'], ['0.05'], settings={'pgd': {'steps': steps}}) for steps in (1, 20)
+    )
+    without = evaluate(net, *digits, ['noise'], ['0.05'])
+    rows = [line for line in comparison([one, many, without]).splitlines() if ' 0.05' in line]
+    assert rows[0].startswith('| FGSM Linf 0.05 |') and rows[0].count('**') == 4, 'two are alike, one has none'
+    assert rows[1].startswith('| PGD Linf 0.05 (settings differ) |') and '**' not in rows[1]
+    assert rows[2].startswith('| Gaussian noise 0.05 |') and '**' not in rows[2], 'the only one'
 
 
 def test_weights_that_are_broken(digits):
@@ -510,7 +564,7 @@ def test_normalisation_is_inside(digits):
 
 
 def test_attacks_with_images_and_radii_of_their_own(net, digits):
-    settings = {'pgd': {'n': 7, 'eps': ['0.1'], 'steps': 3}, 'ddn': {'n': 5, 'eps': [1], 'steps': 3}}
+    settings = {'pgd': {'n': 7, 'eps': '0.1', 'steps': 3}, 'ddn': {'n': 5, 'eps': [1], 'steps': 3}}
     report = evaluate(net, *digits, ['fgsm', 'pgd', 'ddn'], ['0.05', '0.2'], settings=settings, batch_size=4)
     counts = {score.key: score.n for score in report.scores}
     assert counts == {

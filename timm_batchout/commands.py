@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+from safetensors import SafetensorError
 
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness import Report, comparison, evaluate
@@ -40,7 +41,7 @@ class EvaluateConfig:
         eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
         eps_l2: L2 radii in [0, 1] pixels.
         settings: Of the attacks, in place of their defaults: '{pgd: {steps: 100}}'.
-        transfer_from: The model whose adversarial images 'transfer' takes.
+        transfer_from: The model whose adversarial images 'transfer', and the audit, take.
         audit: Check for gradient masking.
         batch_size: Images at a time.
         seed: Of the draw and of the attacks.
@@ -182,7 +183,7 @@ def run_train(config: TrainConfig) -> int:
 def run_evaluate(config: EvaluateConfig) -> int:
     from timm_batchout.robustness.attacks import check_available
 
-    check_available([*config.attacks, *(['pgd'] if config.audit else [])])
+    check_available(config.attacks)
     if config.figure and not config.output:
         raise ValueError('A figure is drawn from a report: name an --output as well.')
     model = _load(config.model, config.checkpoint, config.model_args)
@@ -351,11 +352,18 @@ def run_list(config: ListConfig) -> int:
 
 def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) -> Any:
     """A model by name, with its pretrained weights or those of a safetensors file."""
+    if name.endswith('.safetensors') or Path(name).is_file():
+        raise ValueError(f'{name!r} is a file: name the architecture as MODEL, and the file as --checkpoint.')
     check_model_name(name)
     if checkpoint and not checkpoint.endswith('.safetensors'):
         raise ValueError(f'checkpoint must be a .safetensors file, got {checkpoint!r}: pickles can run code.')
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ValueError(f'checkpoint {checkpoint!r} is not there: name a .safetensors file, e.g. of a run folder.')
     weights_of = {'checkpoint_path': checkpoint} if checkpoint else {'pretrained': True}
-    return timm.create_model(name, **{**weights_of, **(model_args or {})})
+    try:
+        return timm.create_model(name, **{**weights_of, **(model_args or {})})
+    except SafetensorError as error:
+        raise ValueError(f'{checkpoint or name} is damaged, write or download it again: {error}.') from error
 
 
 def _processes() -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
@@ -19,7 +21,7 @@ from timm_batchout.robustness.audit import measure, misled, suspicions, verdict
 from timm_batchout.robustness.fgsm_scores import parse_epsilon
 from timm_batchout.robustness.report import Report, Score
 
-__all__ = ['evaluate', 'weights_sha256']
+__all__ = ['evaluate', 'filled_in', 'weights_sha256']
 
 AUDIT_IMAGES = 200
 OF_EVERY_ATTACK = ('n', 'eps')  # settings
@@ -30,8 +32,8 @@ Plan = tuple[int, dict[str, float]]  # how many images an attack is run on, and 
 
 def evaluate(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Tensor | Dataset,
+    labels: Tensor | None = None,
     attacks: Sequence[str] = ('fgsm',),
     eps: Sequence[str | float] = ('8/255',),
     eps_l2: Sequence[str | float] = ('0.5',),
@@ -58,8 +60,8 @@ def evaluate(
     Args:
         model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Left in the mode
             that it came in.
-        images: (N, C, H, W), uint8, or floating in [0, 1].
-        labels: (N,), int64.
+        images: (N, C, H, W), uint8, or floating in [0, 1]. Or a data set of (image, label), which has both.
+        labels: (N,), class numbers.
         attacks: Names of ``ATTACKS``.
         eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
         eps_l2: L2 radii in [0, 1] pixels.
@@ -80,14 +82,19 @@ def evaluate(
         The report; on all processes the same.
 
     Raises:
-        ValueError: An unknown attack or setting, a package that is missing, a radius outside [0, 1] (L2: below 0), n
-            outside the images,
-            images outside [0, 1], labels outside the classes, fewer than two classes, logits that are no numbers, an
-            output that is no tensor. Before the first attack.
+        ValueError: An unknown attack or setting, or a setting of the wrong type; a package that is missing; a radius
+            outside [0, 1] (L2: below 0); n outside the images; images outside [0, 1], labels outside the classes; fewer
+            than two classes, logits that are no numbers, an output that is no tensor. Before the first attack.
     """
     check_available(attacks)
-    options = _options(attacks, settings or {}, transfer_from)
-    radii = {'L2': {str(epsilon): _l2_radius(epsilon) for epsilon in eps_l2}, 'Linf': _linf_radii(eps)}
+    options = filled_in(attacks, settings or {})
+    if 'transfer' in options and transfer_from is None:
+        raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
+    radii = {'L2': _l2_radii(eps_l2), 'Linf': _linf_radii(eps)}
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
+    if labels is None or not isinstance(images, Tensor):
+        images, labels = _stacked(images, labels)
     if world_size > 1 and chunks is None:
         raise ValueError('Several processes share their work in a folder: name one as chunks.')
     started = time.perf_counter()
@@ -165,6 +172,20 @@ def _in_pixels(model: nn.Module) -> PixelModel:
     return PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
 
 
+def _stacked(dataset: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The images and the labels of a data set."""
+    if isinstance(dataset, Tensor) or labels is not None:
+        raise ValueError('Give images and labels as two tensors, or a data set of (image, label) instead of both.')
+    try:
+        images, numbers = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+        return torch.stack(images), torch.tensor(numbers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            'A data set must hold pairs of an image, a tensor (C, H, W) that is uint8 or in [0, 1], all of one size, '
+            f'and a class number: {error}.'
+        ) from error
+
+
 def _draw(images: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """n images in random order, so that any first part of them is a fair sample."""
     if not 0 <= n <= len(images):
@@ -206,23 +227,43 @@ def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
         )
 
 
-def _options(
-    attacks: Sequence[str], settings: dict[str, dict[str, Any]], transfer_from: nn.Module | None
-) -> dict[str, dict[str, Any]]:
-    """The settings of each attack, defaults filled in."""
+def filled_in(attacks: Sequence[str], settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings of each attack, with its defaults.
+
+    Raises:
+        ValueError: A setting of an attack that is not run, that there is not, or of another type than its default.
+    """
     unused = sorted(set(settings) - set(attacks))
     if unused:
         raise ValueError(f'There are settings for {", ".join(unused)}, which is not among the attacks.')
     options = {}
     for name in attacks:
-        known = [*ATTACKS[name].settings, *OF_EVERY_ATTACK]
-        unknown = sorted(set(settings.get(name, {})) - set(known))
-        if unknown:
-            raise ValueError(f'{name} has no setting {unknown[0]!r}; it has {known}.')
-        options[name] = {**ATTACKS[name].settings, **settings.get(name, {})}
-    if 'transfer' in options and transfer_from is None:
-        raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
+        defaults, given = ATTACKS[name].settings, dict(settings.get(name) or {})
+        for setting, value in given.items():
+            if setting == 'eps':
+                given['eps'] = _listed(value)
+            elif setting in defaults or setting == 'n':
+                _check_setting(f'{setting} of {name}', value, defaults.get(setting, 0))
+            else:
+                raise ValueError(f'{name} has no setting {setting!r}; it has {[*defaults, *OF_EVERY_ATTACK]}.')
+        options[name] = {**defaults, **given}
     return options
+
+
+def _check_setting(name: str, value: Any, default: Any) -> None:
+    """Values are of the type of the default; lists are choices from it."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), 'true or false'
+    elif isinstance(default, int):  # a default of 0: the range is checked where it is known
+        fits, wanted = number and isinstance(value, int) and (value > 0 or not default), 'a whole number, 1 or more'
+    elif isinstance(default, float):
+        fits, wanted = number and 0 <= value < math.inf, 'a number, 0 or more'
+    else:
+        fits, wanted = isinstance(value, (list, tuple)) and len(value) > 0, f'some of {default}'
+        fits = fits and all(choice in default for choice in value)
+    if not fits:
+        raise ValueError(f'{name} must be {wanted}, got {value!r}.')
 
 
 def _plan(attack: str, options: dict[str, Any], radii: dict[str, dict[str, float]], images: int) -> Plan:
@@ -232,19 +273,28 @@ def _plan(attack: str, options: dict[str, Any], radii: dict[str, dict[str, float
     l2 = ATTACKS[attack].norm == 'L2'
     if 'eps' not in options:
         return n, radii['L2' if l2 else 'Linf']
-    return n, {str(epsilon): _l2_radius(epsilon) for epsilon in options['eps']} if l2 else _linf_radii(options['eps'])
+    return n, _l2_radii(options['eps']) if l2 else _linf_radii(options['eps'])
 
 
-def _linf_radii(eps: Sequence[str | float]) -> dict[str, float]:
-    return {str(epsilon): parse_epsilon(epsilon) for epsilon in eps}
+def _listed(eps: Any) -> list[Any]:
+    return list(eps) if isinstance(eps, (list, tuple)) else [eps]
 
 
-def _l2_radius(epsilon: str | float) -> float:
-    """L2 radii may be larger than 1."""
-    value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
-    if not value >= 0:
-        raise ValueError(f'An L2 radius must be at least 0, got {epsilon!r}.')
-    return value
+def _linf_radii(eps: Any) -> dict[str, float]:
+    return {str(epsilon): parse_epsilon(epsilon) for epsilon in _listed(eps)}
+
+
+def _l2_radii(eps: Any) -> dict[str, float]:
+    """They may be larger than 1."""
+    radii = {}
+    for epsilon in _listed(eps):
+        try:
+            radii[str(epsilon)] = value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"An L2 radius must be a number such as 0.5 or '128/255', got {epsilon!r}.") from error
+        if not 0 <= value < math.inf:
+            raise ValueError(f'An L2 radius must be at least 0, and finite, got {epsilon!r}.')
+    return radii
 
 
 def _pixels(images: Tensor, part: slice) -> Tensor:

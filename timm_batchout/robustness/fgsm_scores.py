@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from timm_batchout.fgsm import gradient_sign
 from timm_batchout.pixels import PixelModel
+from timm_batchout.robustness.attacks import modes_kept
 
 __all__ = ['fgsm_scores', 'parse_epsilon']
 
@@ -21,7 +22,7 @@ def parse_epsilon(epsilon: str | float) -> float:
     """
     try:
         value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
-    except (ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"epsilon must be a number such as 0.3 or '8/255', got {epsilon!r}.") from error
     if not 0 <= value <= 1:
         raise ValueError(f'epsilon is in [0, 1] pixels, got {epsilon!r}. Divide 8-bit values by 255.')
@@ -61,11 +62,10 @@ def fgsm_scores(
         raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
     if images.is_floating_point() and (images.min() < 0 or images.max() > 1):
         raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
-    was_training = model.training
-    pixel_model = PixelModel(model)
     counts = dict.fromkeys(['clean', *radii], 0)
     zero_gradients = 0
-    try:
+    with modes_kept(model):
+        pixel_model = PixelModel(model)
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             batch = batch / 255 if batch.dtype == torch.uint8 else batch
             with torch.no_grad():
@@ -78,8 +78,6 @@ def fgsm_scores(
                 with torch.no_grad():
                     after = pixel_model((batch + radius * sign).clamp(0, 1)).argmax(1) == target
                 counts[name] += int((right & after).sum())
-    finally:
-        model.train(was_training)
     n = len(images)
     scores = {name: {'correct': correct, 'accuracy': correct / n} for name, correct in counts.items()}
     clean = scores.pop('clean')

@@ -118,7 +118,12 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> 'Report':
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Raises ValueError if the file holds something else."""
+        text = Path(path).read_bytes()
+        try:
+            return cls.from_dict(json.loads(text))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f'{str(path)!r} is no report that `timm-batchout evaluate` wrote ({error!r}).') from error
 
     def table(self) -> str:
         """Markdown: a row per attack and variant."""
@@ -139,8 +144,8 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
     """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
 
     Nothing is best where nothing withstands, where it is the only one, or where the models were not attacked alike
-    (other settings, or images of another net). Stages of AutoAttack are left out where they left right what the whole
-    attack did.
+    (other settings, or images of another net), which the row says. Stages of AutoAttack are left out where they left
+    right what the whole attack did.
 
     Args:
         reports: Of the same images.
@@ -162,9 +167,10 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
         if ' after ' in key[1] and [_correct(score) for score in same] == [_correct(score) for score in whole]:
             continue
         honest = [score.accuracy for score in same if score and not score.masked]
-        comparable = len(reports) > 1 and _attacked_alike(reports, key[0])
+        alike = _attacked_alike(reports, key[0])
+        comparable = alike and len([score for score in same if score]) > 1
         cells = [cell(score, max(honest, default=0) if comparable else 0) for score in same]
-        rows.append(f'| {title(*key[:2])} | {key[2]} | {" | ".join(cells)} |')
+        rows.append(f'| {title(*key[:2])}{"" if alike else " (settings differ)"} | {key[2]} | {" | ".join(cells)} |')
         distances = [score.median_distance if score else None for score in same]
         if any(distances):
             shown = ['' if distance is None else f'{distance:.3f}' for distance in distances]
@@ -188,7 +194,7 @@ def _correct(score: Score | None) -> int | None:
 
 def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
     """With the same settings; how many images and which radii stand in the table."""
-    settings = [report.settings.get(attack, {}) for report in reports]
+    settings = [report.settings[attack] for report in reports if attack in report.settings]
     alike = [{name: value for name, value in each.items() if name not in ('n', 'eps')} for each in settings]
     return all(each == alike[0] for each in alike)
 

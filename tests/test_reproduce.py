@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from timm_batchout.cli import main
-from timm_batchout.paper.claims import _difference, _row
+from timm_batchout.paper.claims import Comparison, _converges, _costs_little, _difference, _k, _row
 from timm_batchout.paper.figures import FIGURES, Paper
 from timm_batchout.zoo.paper_nets import MNIST_ETA
 
@@ -52,6 +52,18 @@ def test_figures_of_the_digits(tmp_path, capsys):
     text = (tmp_path / 'RESULTS.md').read_text()
     assert 'BatchOut is above Gaussian noise' in text and 'Fig. 2' in text and text.endswith('## Reading\n\nmine')
 
+    # A report stands for the weights and the settings that it was made with.
+    reports = sorted((tmp_path / 'runs').rglob('report-0.05*-200.json'))
+    one, two, three = (path for path in reports if path.parent.name.endswith('-0') and '-20-' not in path.name)
+    shutil.copy(two.parent / 'model.safetensors', one.parent / 'model.safetensors')  # trained again
+    two.write_text(two.read_text().replace('"fgsm": {}', '"fgsm": {"n": 1}'))
+    stamp = three.stat().st_mtime_ns
+    assert reproduce(tmp_path, '5b', '--seeds', '[0]') == 0
+    assert three.stat().st_mtime_ns == stamp, 'as it was'
+    first, second = (json.loads(path.read_text()) for path in (one, two))
+    assert first['weights_sha256'] == second['weights_sha256'] and second['settings'] == {'fgsm': {}}
+    assert not list((tmp_path / 'runs').rglob('*.chunks'))
+
     run = tmp_path / 'runs' / 'mnist_baseline-1epochs-0' / 'result.json'
     run.write_text(run.read_text().replace('"lr": 0.001', '"lr": 0.002'))
     capsys.readouterr()
@@ -60,6 +72,7 @@ def test_figures_of_the_digits(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_figure(tmp_path):
     """CIFAR-10's net on a few coloured squares."""
     for split in ('train', 'test'):
@@ -79,6 +92,15 @@ def test_bad_figures(tmp_path, capsys):
     assert reproduce(tmp_path, '6') == 2
     assert reproduce(tmp_path, '2', '--recipes', str(tmp_path)) == 2
     assert "mnist_baseline.yaml' is not there" in capsys.readouterr().err
+    for arguments, message in (
+        (['--seeds', '[]'], 'seeds is empty'),
+        (['--data', '{mnist: {nmae: digits}}'], "data.mnist has no 'nmae'"),
+        (['--data', '{mnist: {nmae: digits}}'], "Did you mean 'name'?"),
+        (['--data', '{minst: {name: digits}}'], "Did you mean 'mnist'?"),
+    ):
+        assert reproduce(tmp_path, '2', *arguments) == 2
+        assert message in capsys.readouterr().err, arguments
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_the_nets_of_the_figures(tmp_path):
@@ -96,13 +118,43 @@ def test_the_nets_of_the_figures(tmp_path):
 
 
 def test_the_rule_that_judges():
-    assert _row('c', [(1.0, 0.5), (0.1, 0.5)]).endswith('| 1 yes, 0 no, 1 open | +1.00, +0.10 | holds |')
-    assert _row('c', [(1.0, 0.5), (-1.0, 0.5)]).endswith('| holds in part |')
-    assert _row('c', [(1.0, 0.5), (0.1, 0.5), (0.1, 0.5)]).endswith('| holds in part |')
-    assert _row('c', [(0.4, 0.5)]).endswith('| 0 yes, 0 no, 1 open | +0.40 | does not hold (open) |')
-    assert _row('c', [(0.4, 0.5), (-1.0, 0.5)]).endswith('| does not hold |')
-    difference, half = _difference([50.0], [40.0], 100)
-    assert difference == 10 and half == pytest.approx(1.96 * (25 + 24) ** 0.5)
-    assert _difference([50.0, 60.0], [40.0, 40.0], 100)[1] == pytest.approx(
-        1.96 * ((55 * 45 + 40 * 60) / 200 + 25) ** 0.5
-    )
+    def row(*comparisons):
+        return _row('c', [Comparison(excess, 0.5, f'{excess:+.2f}') for excess in comparisons])
+
+    assert row(1.0, 0.1) == '| c | 1 yes, 0 no, 1 open | +1.00, +0.10 | holds |'
+    assert row(1.0, -1.0).endswith('| holds in part |')
+    assert row(1.0, 0.1, 0.1).endswith('| holds in part |')
+    assert row(0.4, -0.4).endswith('| 0 yes, 0 no, 2 open | +0.40, -0.40 | open |')
+    assert row(0.4, -1.0).endswith('| does not hold |')
+
+
+def test_the_intervals_of_differences():
+    difference, half, shown = _difference([50.0], [40.0], 100)
+    assert (difference, shown) == (10, '+10.00') and half == pytest.approx(1.96 * (25 + 24) ** 0.5)
+    images = (55 * 45 + 40 * 60) / 200
+    assert _difference([50.0, 60.0], [40.0, 40.0], 100).half == pytest.approx(
+        (1.96**2 * images + 12.706**2 * 25) ** 0.5
+    ), 'two seeds, one degree of freedom'
+    welch = _difference([50.0, 52.0, 54.0], [40.0, 42.0, 44.0], 10**9).half
+    assert welch == pytest.approx(2.776 * (8 / 3) ** 0.5, rel=1e-3), 'three and three, as spread: four'
+
+
+def test_differences_stand_as_they_are():
+    def figure(*nets):
+        scores = [{'attack': 'clean', 'variant': '', 'n': 10**6}]
+        return {
+            'nets': [
+                {
+                    'label': label,
+                    'train_loss': [loss],
+                    'report': {'n': 10**6, 'scores': [{**scores[0], 'accuracy': accuracy}]},
+                }
+                for label, accuracy, loss in nets
+            ]
+        }
+
+    cost = figure(('baseline', 0.99, 0.2), ('BatchOut', 0.9888, 0.21))
+    assert _row('c', _costs_little(cost)).endswith('| 1 yes, 0 no, 0 open | -0.12 | holds |'), 'within 0.5 points'
+    assert _row('c', _converges(cost)).endswith('| 105% of its loss | holds |')
+    shares = figure(('0', 0.99, 0), ('0.3', 0.98, 0), ('0.5', 0.97, 0))
+    assert _row('c', _k('clean', '', -1)(shares)).endswith('| -1.00 | holds |')

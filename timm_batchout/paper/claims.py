@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm_batchout.paper.draw import Values, by_label, curve
 from timm_batchout.robustness import Report, comparison
@@ -16,6 +16,8 @@ __all__ = ['over_seeds', 'results']
 Figure = dict[str, Any]
 HEADS = {'fgsm': 'FGSM', 'deepfool': 'DeepFool', 'deepfool_unclipped': 'DeepFool, not clipped,'}
 PAPER = {'2': ('99.47', '99.31', '99.12'), '3': ('80.22', '80.01', '80.79')}  # clean accuracy, sections 6.2 and 6.3
+# 97.5% quantiles of Student's t for 1, 2, ... 10 degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 BASELINE, FGSM_AT, BATCHOUT = 'baseline', 'FGSM adversarial training', 'BatchOut'
 
 
@@ -37,9 +39,10 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants
         '## Claims',
         '',
         'Every claim is a list of comparisons ("BatchOut is above the baseline at epsilon 0.1"). One counts as yes or '
-        'no if the difference is larger than its 95% interval (of test images and, where there are several, of seeds), '
-        'else as open. A claim *holds* if none says no and at least half say yes; it *holds in part* if some say yes; '
-        'else it *does not hold*: "(open)" where none says no either.',
+        'no if the difference is larger than its 95% interval (of test images and, where there are several, of seeds, '
+        "by Welch's t), else as open; the ratio of two losses counts as it stands. A claim *holds* if none says no and "
+        'at least half say yes; it *holds in part* if some say yes; it is *open* if all are open; else it *does not '
+        'hold*.',
         '',
         '| claim of the paper | comparisons | largest and smallest difference, points | verdict |',
         '|---|---|---|---|',
@@ -133,8 +136,20 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
     return f'{mean(values):.{digits}f}{around}'
 
 
-# A comparison: how far one is above the other, and the half width of the 95% interval of that, in points.
-Comparison = tuple[float, float]
+class Comparison(NamedTuple):
+    """One thing that a claim says, measured.
+
+    Attributes:
+        excess: How far one is above the other, or beyond what the claim asks for, in points.
+        half: Half the width of its 95% interval.
+        shown: In the table.
+    """
+
+    excess: float
+    half: float
+    shown: str
+
+
 Claim = tuple[str, str, Callable[[Figure], list[Comparison]]]  # figure, text, what is compared
 
 
@@ -150,18 +165,24 @@ def _above(figure: Figure, attack: str, upper: str, lower: str, variants: Sequen
 
 
 def _difference(a: Sequence[float], b: Sequence[float], n: int) -> Comparison:
-    """Variances of test images and of seeds, added."""
-    variance = sum(mean(x) * (100 - mean(x)) / n / len(x) for x in (a, b))
-    if len(a) > 1:
-        variance += sum(stdev(x) ** 2 / len(x) for x in (a, b))
-    return mean(a) - mean(b), 1.96 * math.sqrt(variance)
+    """Two independent sources of error: which test images, and, where there are several, which seeds."""
+    images = sum(mean(x) * (100 - mean(x)) / n / len(x) for x in (a, b))
+    squared = 1.96**2 * images
+    several = [x for x in (a, b) if len(x) > 1]
+    seeds = [stdev(x) ** 2 / len(x) for x in several]
+    if sum(seeds) > 0:
+        # Welch's degrees of freedom, rounded down: with three seeds 2 to 4, where 1.96 would be far too narrow.
+        freedom = sum(seeds) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(seeds, several, strict=True))
+        squared += STUDENT[min(int(freedom + 1e-9), len(STUDENT)) - 1] ** 2 * sum(seeds)
+    difference = mean(a) - mean(b)
+    return Comparison(difference, math.sqrt(squared), f'{difference:+.2f}')
 
 
 def _costs_little(figure: Figure) -> list[Comparison]:
     """BatchOut's clean accuracy is less than 0.5 points below the baseline's."""
     clean = by_label(figure, 'clean')
-    difference, half = _difference(clean[BATCHOUT], clean[BASELINE], _n(figure))
-    return [(difference + 0.5, half)]
+    difference, half, shown = _difference(clean[BATCHOUT], clean[BASELINE], _n(figure))
+    return [Comparison(difference + 0.5, half, shown)]
 
 
 def _final_loss(figure: Figure) -> Values:
@@ -172,13 +193,13 @@ def _final_loss(figure: Figure) -> Values:
 
 
 def _row(claim: str, comparisons: Sequence[Comparison]) -> str:
-    yes = sum(difference > half for difference, half in comparisons)
-    no = sum(difference < -half for difference, half in comparisons)
-    verdict = 'holds in part' if yes else 'does not hold' if no else 'does not hold (open)'
-    if not no and 2 * yes >= len(comparisons):
+    yes = sum(one.excess > one.half for one in comparisons)
+    no = sum(one.excess < -one.half for one in comparisons)
+    verdict = 'holds in part' if yes else 'does not hold' if no else 'open'
+    if yes and not no and 2 * yes >= len(comparisons):
         verdict = 'holds'
-    differences = [difference for difference, _ in comparisons]
-    extremes = f'{max(differences):+.2f}' + (f', {min(differences):+.2f}' if len(differences) > 1 else '')
+    most, least = max(comparisons), min(comparisons)
+    extremes = most.shown + (f', {least.shown}' if len(comparisons) > 1 else '')
     count = f'{yes} yes, {no} no, {len(comparisons) - yes - no} open'
     return f'| {claim} | {count} | {extremes} | {verdict} |'
 
@@ -203,14 +224,15 @@ def _k(attack: str, variant: str, sign: int) -> Callable[[Figure], list[Comparis
         values = by_label(figure, attack, variant)
         labels = [label for label in values if label != '0']
         steps = [_difference(values[above], values[below], _n(figure)) for below, above in pairwise(labels)]
-        return [(sign * difference, half) for difference, half in steps]
+        return [one._replace(excess=sign * one.excess) for one in steps]
 
     return compare
 
 
 def _converges(figure: Figure) -> list[Comparison]:
     losses = _final_loss(figure)
-    return [(110 - 100 * mean(losses[BATCHOUT]) / mean(losses[BASELINE]), 0.0)]
+    percent = 100 * mean(losses[BATCHOUT]) / mean(losses[BASELINE])
+    return [Comparison(110 - percent, 0.0, f'{percent:.0f}% of its loss')]
 
 
 def _deepfool(figure: str, data: str, claim: str, upper: str, lower: str) -> list[Claim]:

@@ -1,8 +1,10 @@
 """The paper's figures: which nets each one needs, trained by the recipes, attacked, and written to one JSON."""
 
+import difflib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 
 from timm_batchout.provenance import environment
 from timm_batchout.robustness import Report, evaluate
+from timm_batchout.robustness.evaluate import filled_in, weights_sha256
 from timm_batchout.training.config import DataConfig, TrainConfig
 from timm_batchout.training.data import Split, data_label, load_split
 from timm_batchout.training.loop import recipe_changes, train
@@ -136,6 +139,15 @@ class Paper:
     n: int = 0
     n_deepfool: int = 1000
 
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("seeds is empty: name one at least, --seeds '[0]'.")
+        data_sets = {net.recipe.partition('_')[0] for figure in FIGURES.values() for net in figure.nets}
+        for name, changed in self.data.items():
+            _check_name('data', name, data_sets)
+            for key in changed:
+                _check_name(f'data.{name}', key, {field.name for field in fields(DataConfig)})
+
     def measure(self, name: str) -> dict[str, Any]:
         """Train and attack all nets of a figure: what its JSON holds."""
         figure = FIGURES[name]
@@ -198,7 +210,7 @@ class Paper:
         return train(config)
 
     def _report(self, figure: Figure, config: TrainConfig) -> Report:
-        """FGSM and DeepFool on a trained net, kept beside it."""
+        """FGSM and DeepFool on a trained net, kept beside it, for as long as it has these weights."""
         split = self._test(config.data)
         n = min(self.n or len(split), 200 if self.quick else len(split))
         n_deepfool = min(self.n_deepfool, n)
@@ -208,24 +220,28 @@ class Paper:
             config.model, checkpoint_path=f'{config.output}/model.safetensors', **config.model_args
         )
         wanted = [*figure.eps, *([n_deepfool] if figure.deepfool else []), n]
+        data = data_label(config.data)
         path = Path(config.output) / f'report-{"-".join(str(x).replace("/", "of") for x in wanted)}.json'
-        if not path.is_file():
+        chunks = path.with_suffix('.chunks')
+        report = Report.load(path) if path.is_file() else None
+        asked = (weights_sha256(model), filled_in(attacks, settings), data)
+        if report is None or (report.weights_sha256, report.settings, report.data) != asked:
             report = evaluate(
-                model,
-                split.images,
-                split.labels,
-                attacks,
-                figure.eps,
-                settings=settings,
-                n=n,
-                name=config.model,
-                data=data_label(config.data),
-                chunks=path.with_suffix('.chunks'),
-            )
+                model, split.images, split.labels, attacks, figure.eps,
+                settings=settings, n=n, name=config.model, data=data, chunks=chunks,
+            )  # fmt: skip
             report.save(path)
-        return Report.load(path)
+        shutil.rmtree(chunks, ignore_errors=True)
+        return report
 
     def _test(self, data: DataConfig) -> Split:
         split = load_split(data, train=False)
         assert isinstance(split, Split), 'the paper has no data that streams'
         return split
+
+
+def _check_name(where: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f' Did you mean {close[0]!r}?' if close else ''
+        raise ValueError(f'{where} has no {name!r}, but {", ".join(sorted(known))}.{hint}')

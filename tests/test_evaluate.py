@@ -397,6 +397,8 @@ def test_transfer(net, linear, digits):
     report = evaluate(net, *digits, ['pgd', 'transfer'], ['0.2'], transfer_from=linear)
     assert report.score('pgd', '0.2').correct <= report.score('transfer', '0.2').correct < report.score('clean').correct
     assert len(report.settings['transfer']['source_sha256']) == 64
+    audits = [evaluate(net, *digits, audit=True, transfer_from=source).audit for source in (None, linear)]
+    assert ['transfer' in audit for audit in audits] == [False, True]
 
 
 class Tuple(nn.Module):
@@ -524,7 +526,7 @@ def test_logits_that_are_broken_on_a_later_image(digits):
 
 def test_labels_of_any_integer(net, digits):
     whole = evaluate(net, *digits)
-    assert without_time(evaluate(net, digits[0], digits[1].to(torch.uint8))) == without_time(whole)
+    assert without_time(evaluate(net, digits[0], digits[1].int())) == without_time(whole)
 
 
 def test_chunks_of_other_preprocessing_or_packages_are_not_taken(net, digits, tmp_path, monkeypatch):

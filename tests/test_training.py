@@ -19,7 +19,7 @@ from timm_batchout import batchout_sites
 from timm_batchout.cli import main, parse
 from timm_batchout.fgsm import fgsm
 from timm_batchout.robustness import Report
-from timm_batchout.training.config import AugmentConfig, DataConfig, ObjectiveConfig, TrainConfig
+from timm_batchout.training.config import AugmentConfig, DataConfig, ObjectiveConfig, TrainConfig, read_recipe
 from timm_batchout.training.data import Split, TensorLoader, load_data, load_split
 from timm_batchout.training.objectives import make_objective
 
@@ -317,7 +317,7 @@ def test_recipes_of_a_dataset_share_optimizer_schedule_and_epochs():
     folder = RECIPES / 'paper'
     names = ('data', 'optimizer', 'schedule', 'epochs', 'batch_size', 'seed')
     for data in ('mnist', 'cifar10'):
-        recipes = [yaml.safe_load(path.read_text()) for path in folder.glob(f'{data}_*.yaml')]
+        recipes = [read_recipe(path) for path in folder.glob(f'{data}_*.yaml')]
         assert len(recipes) == 4
         shared = {str([recipe[name] for name in names]) for recipe in recipes}
         assert len(shared) == 1

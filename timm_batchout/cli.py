@@ -4,12 +4,15 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from timm_batchout.commands import COMMANDS
+from timm_batchout.training.config import read_recipe
 
 __all__ = ['main']
 
@@ -45,7 +48,7 @@ def parse(config_class: type, arguments: list[str], prog: str = '') -> Any:
     if not arguments and not fields(config_class):
         return config_class()  # nothing to parse: `list` works without the extra packages
     arguments = _spelled_out(config_class, _named(config_class, arguments))
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentParser  # not at the top: `list` works without the extra packages
 
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(config_class.__doc__ or '').splitlines()[0])
     parser.add_argument('--config', action=ActionConfigFile, help='YAML file; later files and flags override it')
@@ -115,36 +118,14 @@ def _kinds(config_class: Any, prefix: str = '') -> Iterator[tuple[str, str]]:
 
 
 def _with_bases(arguments: list[str]) -> list[str]:
-    """Recipes that name a ``base`` (a file beside them) are merged with it, key by key, into YAML text."""
+    """Recipes that name a ``base`` (a file beside them) become the whole recipe, as YAML text."""
     merged = list(arguments)
     for i, argument in enumerate(arguments):
-        path = Path(argument.removeprefix('--config='))
-        if (argument.startswith('--config=') or arguments[i - 1 : i] == ['--config']) and path.is_file():
-            recipe = _read_recipe(path)
-            if recipe:
-                merged[i] = ('--config=' if argument.startswith('--config=') else '') + recipe
+        flag = '--config=' if argument.startswith('--config=') else ''
+        path = Path(argument.removeprefix(flag))
+        if (flag or arguments[i - 1 : i] == ['--config']) and path.is_file():
+            merged[i] = flag + yaml.safe_dump(read_recipe(path), sort_keys=False)
     return merged
-
-
-def _read_recipe(path: Path, seen: Sequence[Path] = ()) -> str:
-    """The recipe, merged with its base; '' if it has none."""
-    import yaml
-
-    recipe = yaml.safe_load(path.read_text())
-    if not isinstance(recipe, dict) or 'base' not in recipe:
-        return ''
-    base = path.parent / str(recipe.pop('base'))
-    if not base.is_file():
-        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is not there.')
-    if base.resolve() in (seen := [*seen, path.resolve()]):
-        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is based on it.')
-    whole = yaml.safe_load(_read_recipe(base, seen) or base.read_text())
-    return yaml.safe_dump(_merge(whole, recipe), sort_keys=False)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _merge(base[key], over[key]) for key in base if isinstance(base[key], dict) and key in over}
-    return {**base, **over, **both}
 
 
 def _nearest(word: str, words: list[str]) -> str:

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 
 from timm_batchout.provenance import environment
 from timm_batchout.robustness import Report, evaluate
 from timm_batchout.robustness.evaluate import filled_in, weights_sha256
-from timm_batchout.training.config import DataConfig, TrainConfig
+from timm_batchout.training.config import DataConfig, TrainConfig, read_recipe
 from timm_batchout.training.data import Split, data_label, load_split
 from timm_batchout.training.loop import recipe_changes, train
 
@@ -178,7 +177,7 @@ class Paper:
         path = self.recipes / f'{net.recipe}.yaml'
         if not path.is_file():
             raise ValueError(f'{str(path)!r} is not there. Name the folder of the recipes: --recipes recipes/paper.')
-        recipe = yaml.safe_load(path.read_text())
+        recipe = read_recipe(path)
         recipe = {
             **recipe,
             'model_args': {**recipe.get('model_args', {}), **net.model_args},

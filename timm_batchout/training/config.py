@@ -1,7 +1,8 @@
 """A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ __all__ = [
     'OptimizerConfig',
     'ScheduleConfig',
     'TrainConfig',
+    'read_recipe',
 ]
 
 
@@ -286,3 +288,36 @@ class TrainConfig:
     def recipe(self) -> dict[str, Any]:
         """What decides the result, and where the data was: for result files."""
         return {name: value for name, value in asdict(self).items() if name not in self.LAUNCH}
+
+
+def read_recipe(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """A recipe as its YAML has it; one that names a ``base`` (a file beside it) states only what differs.
+
+    Args:
+        path: The file.
+        above: The recipes whose base it is.
+
+    Raises:
+        ValueError: It is no mapping, or its base is not there, or is based on it.
+    """
+    recipe = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(recipe, dict):
+        raise ValueError(f'{str(path)!r} must hold a mapping, got {str(recipe)[:40]!r}.')
+    if 'base' not in recipe:
+        return recipe
+    base = path.parent / str(recipe.pop('base'))
+    above = [*above, path.resolve()]
+    if base.resolve() in above:
+        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is based on it.')
+    if not base.is_file():
+        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is not there.')
+    return _merge(read_recipe(base, above), recipe)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merge(base[key], over[key])
+        for key in base
+        if isinstance(base[key], dict) and isinstance(over.get(key), dict)
+    }
+    return {**base, **over, **both}

@@ -457,7 +457,7 @@ assert all(p.grad is not None for p in model.parameters())
 def test_family(arch, side):
     memory = 1.5e9  # two families have no member below 150 million parameters: here with fewer blocks
     record = coverage.examine(arch, memory=memory, side=side)
-    known = walked().get(arch, {})
+    known = {name: value for name, value in walked().get(arch, {}).items() if name != 'compiled'}
     assert coverage.exceptions(record) == (coverage.exceptions(known) if known else [])
     if known and 'reduced' not in record:
         assert record['sites'] == known['sites'], 'an activation more or less than the walk has found'

@@ -135,7 +135,7 @@ def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Pro
     with _clear_errors(checkpoint):
         accelerator.load_state(str(checkpoint))
         if ema is not None:
-            ema.load_state_dict(torch.load(checkpoint / EMA, map_location=accelerator.device, weights_only=True))
+            ema.load_state_dict(torch.load(checkpoint / EMA, map_location='cpu', weights_only=True))
     progress.load_state_dict(state)
 
 

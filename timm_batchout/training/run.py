@@ -153,9 +153,7 @@ class Run:
         processes = self.accelerator.num_processes
         if processes == 1:
             return f'Stopped and saved. Go on with: timm-batchout {command}'
-        return (
-            f'Stopped and saved. Go on on {processes} processes, by the same launcher: -m timm_batchout.cli {command}'
-        )
+        return f'Stopped and saved. Go on with {processes} processes, by the launcher: -m timm_batchout.cli {command}'
 
     def _progress_bar(self) -> tqdm:
         images = self.config.batch_size * self.accelerator.num_processes

@@ -12,12 +12,12 @@ import timm
 import torch
 
 import timm_batchout  # noqa: F401
-from timm_batchout.cli import parse
+from timm_batchout.cli.main import parse
+from timm_batchout.data.memory import load_split
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.training.config import TrainConfig
-from timm_batchout.training.data import load_split
-from timm_batchout.training.loop import train
-from timm_batchout.zoo import weights
+from timm_batchout.training.launch import train
+from timm_batchout.zoo import pretrained as weights
 
 HERE = Path(__file__).parent
 OUTPUT = Path('runs/demo')

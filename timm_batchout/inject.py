@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from timm_batchout.batchout import BatchOut, BatchOutConfig
+from timm_batchout.layer import BatchOut, BatchOutConfig
 from timm_batchout.sites import ImageCount, activation_sites, block_sites, match_sites, windowed_blocks
 
 __all__ = ['add_batchout', 'batchout_sites', 'remove_batchout']

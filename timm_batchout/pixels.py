@@ -1,11 +1,15 @@
 """One wrapper for all that feeds images to a model: [0, 1] pixels in, logits out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['PixelModel']
+__all__ = ['PixelModel', 'fgsm', 'frozen', 'gradient_sign', 'modes_kept', 'parse_epsilon', 'seeded']
 
 
 class PixelModel(nn.Module):
@@ -32,3 +36,75 @@ class PixelModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model((images - self.mean) / self.std).float()
+
+
+def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
+    """``images + epsilon * sign(gradient of the cross-entropy)``, clipped to [0, 1].
+
+    Args:
+        model: Takes images in [0, 1] to logits (B, classes). Its mode (train or eval) is the caller's choice; its
+            parameters' gradients stay untouched.
+        images: (B, C, H, W), floating, in [0, 1].
+        labels: (B,), int64.
+        epsilon: L-infinity radius in [0, 1] pixels.
+
+    Returns:
+        Adversarial images, detached, shape and dtype of ``images``.
+    """
+    return (images.detach() + epsilon * gradient_sign(model, images, labels)).clamp_(0, 1)
+
+
+def gradient_sign(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Sign of the cross-entropy's gradient w.r.t. the images: -1, 0 or 1, shape and dtype of ``images``."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        loss = F.cross_entropy(model(images), labels, reduction='sum')
+        return torch.autograd.grad(loss, images)[0].sign()
+
+
+def parse_epsilon(epsilon: str | float) -> float:
+    """``'8/255'``, ``'0.3'`` or a number, in [0, 1] pixels.
+
+    Raises:
+        ValueError: Not a number, or outside [0, 1].
+    """
+    try:
+        value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"epsilon must be a number such as 0.3 or '8/255', got {epsilon!r}.") from error
+    if not 0 <= value <= 1:
+        raise ValueError(f'epsilon is in [0, 1] pixels, got {epsilon!r}. Divide 8-bit values by 255.')
+    return value
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Attacks ask for gradients of the images alone; those of the weights would cost half as much again."""
+    learning = [p for p in model.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Every layer comes back in the mode it was in: a frozen BatchNorm of a net in training stays in eval mode."""
+    modes = [(layer, layer.training) for model in models for layer in model.modules()]
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Attacks draw from torch's global generator, and some seed it: give it back as it was."""
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

@@ -21,12 +21,12 @@ from pyautoattack import AutoAttack
 from torch import Tensor
 
 import timm_batchout  # noqa: F401
+from timm_batchout.data.config import DataConfig
+from timm_batchout.data.memory import load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness import evaluate
 from timm_batchout.robustness.deepfool import deepfool
-from timm_batchout.training.config import DataConfig
-from timm_batchout.training.data import load_split
 
 MODEL = 'batchout_mnist_cnn.mnist'
 EPSILON = 0.1

@@ -114,8 +114,8 @@ def _wait(device: str) -> None:
 
 def bookkeeping(folder: Path, model: str, batch: int) -> dict[str, float]:
     """Seconds that one checkpoint and one record take, in a run of one epoch."""
-    from timm_batchout.cli import main
-    from timm_batchout.training.run import Run
+    from timm_batchout.cli.main import main
+    from timm_batchout.training.trainer import Run
 
     spent: dict[str, float] = {}
 

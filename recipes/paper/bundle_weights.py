@@ -13,11 +13,11 @@ from pathlib import Path
 import timm
 
 import timm_batchout  # noqa: F401
+from timm_batchout.data.config import DataConfig
+from timm_batchout.data.memory import load_split
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
-from timm_batchout.training.config import DataConfig
-from timm_batchout.training.data import load_split
-from timm_batchout.zoo.weights import FOLDER, bundled_cards, table
+from timm_batchout.zoo.pretrained import FOLDER, bundled_cards, table
 
 README = Path(__file__).parents[2] / 'README.md'
 

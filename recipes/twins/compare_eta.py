@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from timm_batchout import batchout_sites
+from timm_batchout.data.config import DataConfig
+from timm_batchout.data.memory import Split, data_label, load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.robustness.report import wilson
-from timm_batchout.training.config import DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from timm_batchout.training.data import Split, data_label, load_split
-from timm_batchout.training.loop import train
+from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from timm_batchout.training.launch import train
 from timm_batchout.zoo.timm_twins import depth_scaled_eta
 
 HERE = Path(__file__).parent

@@ -26,10 +26,10 @@ TWIN = 'batchout_'
 
 def representatives() -> set[str]:
     sys.path.insert(0, str(HERE))
-    import coverage
+    import survey
 
-    known = json.loads((HERE / 'coverage.json').read_text())['architectures']
-    return set(coverage.representatives(known).values())
+    known = json.loads((HERE / 'survey.json').read_text())['architectures']
+    return set(survey.representatives(known).values())
 
 
 class Outcomes:

@@ -11,14 +11,14 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from timm_batchout.cli import main
+from timm_batchout.cli.main import main
 from timm_batchout.hub.card import Entry, eval_results, make_card, summary
-from timm_batchout.hub.gallery import write_gallery
+from timm_batchout.hub.leaderboard import write_gallery
 from timm_batchout.robustness import Report, comparison
 from timm_batchout.robustness.attacks import ATTACKS
 from timm_batchout.robustness.plots import draw_curves
 from timm_batchout.robustness.report import Score
-from timm_batchout.zoo.weights import bundled_cards
+from timm_batchout.zoo.pretrained import bundled_cards
 
 SITE = Path(__file__).parents[2] / 'hub_cards'
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import timm_batchout
-from timm_batchout.cli import main
+from timm_batchout.cli.main import main
+from timm_batchout.data.config import DataConfig
+from timm_batchout.data.memory import load_split
 from timm_batchout.hub.publish import bundled, stage
 from timm_batchout.robustness import Report
-from timm_batchout.training.config import DataConfig
-from timm_batchout.training.data import load_split
-from timm_batchout.zoo.weights import bundled_cards
+from timm_batchout.zoo.pretrained import bundled_cards
 
 from .loopback import LoopbackHub
 
@@ -39,7 +39,7 @@ def python(code, hub, home, token=None, package=PACKAGE, **variables):
 
 def publish(*arguments, times=1):
     command = ['publish', *map(str, arguments)]
-    return f'from timm_batchout.cli import main\nfor _ in range({times}): print("exit", main({command!r}))\n'
+    return f'from timm_batchout.cli.main import main\nfor _ in range({times}): print("exit", main({command!r}))\n'
 
 
 @pytest.fixture
@@ -179,7 +179,7 @@ def test_pushing_against_the_wind(hub, tmp_path):
     refused = [None, 'hf_wrong', 'hf_reader', 'hf_other']
     code = f"""
 import os
-from timm_batchout.cli import main
+from timm_batchout.cli.main import main
 from huggingface_hub import HfApi
 def attempt(token, *more):
     os.environ.pop('HF_TOKEN', None)
@@ -235,7 +235,7 @@ api.update_repo_settings('alice/gated', gated='manual')
     code = publish(*arguments, 'alice/good') + f'TMP, CONFIG = Path({str(tmp_path)!r}), {str(config)!r}\n{code}'
     load = """
 from huggingface_hub import try_to_load_from_cache
-from timm_batchout.zoo.hub_weights import fetch
+from timm_batchout.zoo.pretrained import fetch
 def told(label, call, *args, **kwargs):
     try:
         call(*args, **kwargs)

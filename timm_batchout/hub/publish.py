@@ -14,14 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_config_for_hf
 
-from timm_batchout.batchout import BatchOutConfig
 from timm_batchout.hub.card import Entry, make_card
+from timm_batchout.layer import BatchOutConfig
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness import Report
-from timm_batchout.robustness.evaluate import weights_sha256
+from timm_batchout.robustness.harness import weights_sha256
 from timm_batchout.robustness.plots import draw_curves
-from timm_batchout.zoo.hub_weights import NAMESPACE, WEIGHTS
-from timm_batchout.zoo.weights import FOLDER, bundled_cards
+from timm_batchout.zoo.pretrained import FOLDER, NAMESPACE, WEIGHTS, bundled_cards
 
 __all__ = ['Staged', 'bundled', 'push', 'stage']
 

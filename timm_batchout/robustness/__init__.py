@@ -1,6 +1,6 @@
 """What attacks do to a model: ``evaluate`` it, get a ``Report``."""
 
-from timm_batchout.robustness.evaluate import evaluate
+from timm_batchout.robustness.harness import evaluate
 from timm_batchout.robustness.report import Report, comparison
 
 __all__ = ['Report', 'comparison', 'evaluate']

@@ -4,19 +4,17 @@ foolbox and pyautoattack do the attacking; DeepFool is our own (to the sample fo
 An image counts as robust if it is classified right before the attack and after it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_batchout.fgsm import gradient_sign
-from timm_batchout.pixels import PixelModel
+from timm_batchout.pixels import PixelModel, frozen, gradient_sign, seeded
 from timm_batchout.robustness.deepfool import deepfool
 
-__all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available', 'frozen', 'modes_kept', 'seeded']
+__all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available']
 
 
 @dataclass
@@ -71,30 +69,6 @@ def check_available(names: Sequence[str]) -> None:
                 raise ValueError(
                     f'Attack {name!r} needs {ATTACKS[name].extra}: pip install "timm-batchout[attacks]".'
                 ) from error
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Attacks ask for gradients of the images alone; those of the weights would cost half as much again."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    for p in learning:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in learning:
-            p.requires_grad_(True)
-
-
-@contextmanager
-def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Every layer comes back in the mode it was in: a frozen BatchNorm of a net in training stays in eval mode."""
-    modes = [(layer, layer.training) for model in models for layer in model.modules()]
-    try:
-        yield
-    finally:
-        for layer, mode in modes:
-            layer.training = mode
 
 
 @torch.no_grad()
@@ -232,15 +206,6 @@ def _corruptions(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii
         changed['JPEG quality 25'] = torch.stack([tv.jpeg(image, 25) for image in eight_bits]).to(images) / 255
     before = _right(model, images, labels)
     return Outcome({name: before & _right(model, x.clamp(0, 1), labels) for name, x in changed.items()})
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Attacks draw from torch's global generator, and some seed it: give it back as it was."""
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
 
 
 PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}

@@ -1,32 +1,14 @@
 """How many images does a model get right, clean and under FGSM?"""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timm_batchout.fgsm import gradient_sign
-from timm_batchout.pixels import PixelModel
-from timm_batchout.robustness.attacks import modes_kept
+from timm_batchout.pixels import PixelModel, gradient_sign, modes_kept, parse_epsilon
 
-__all__ = ['fgsm_scores', 'parse_epsilon']
-
-
-def parse_epsilon(epsilon: str | float) -> float:
-    """``'8/255'``, ``'0.3'`` or a number, in [0, 1] pixels.
-
-    Raises:
-        ValueError: Not a number, or outside [0, 1].
-    """
-    try:
-        value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"epsilon must be a number such as 0.3 or '8/255', got {epsilon!r}.") from error
-    if not 0 <= value <= 1:
-        raise ValueError(f'epsilon is in [0, 1] pixels, got {epsilon!r}. Divide 8-bit values by 255.')
-    return value
+__all__ = ['fgsm_scores']
 
 
 def fgsm_scores(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_batchout.fgsm import fgsm
+from timm_batchout.pixels import fgsm
 from timm_batchout.training.config import ObjectiveConfig
 
 __all__ = ['make_objective']

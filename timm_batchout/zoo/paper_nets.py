@@ -24,11 +24,10 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn
 
-from timm_batchout.batchout import BatchOutConfig
 from timm_batchout.inject import add_batchout
+from timm_batchout.layer import BatchOutConfig
 from timm_batchout.sites import activation_sites
-from timm_batchout.zoo.hub_weights import NAMESPACE, from_hub
-from timm_batchout.zoo.weights import check_weights, read_weights_card
+from timm_batchout.zoo.pretrained import NAMESPACE, check_weights, from_hub, read_weights_card
 
 __all__ = ['PaperNet']
 

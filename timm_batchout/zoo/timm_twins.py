@@ -20,9 +20,9 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import _model_default_cfgs, _model_pretrained_cfgs  # the public getters copy: 0.2 s for all
 from torch import nn
 
-from timm_batchout.batchout import BatchOutConfig
 from timm_batchout.inject import add_batchout, batchout_sites
-from timm_batchout.zoo.hub_weights import from_hub
+from timm_batchout.layer import BatchOutConfig
+from timm_batchout.zoo.pretrained import from_hub
 
 __all__ = ['check_model_name', 'create_twin', 'depth_scaled_eta', 'register_twins']
 

@@ -1,0 +1,247 @@
+"""Datasets small enough to live on the device as uint8 tensors, and the loader that draws batches from them."""
+
+import io
+import tarfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from timm_batchout.data.config import AugmentConfig, DataConfig
+from timm_batchout.data.workers import TimmSplit, load_timm_splits
+
+__all__ = ['Split', 'TensorLoader', 'load_data', 'load_split']
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
+
+
+@dataclass
+class Split:
+    """Images, uint8 (N, C, H, W), and labels, int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def subset(self, indices: Tensor) -> 'Split':
+        return Split(self.images[indices], self.labels[indices])
+
+
+def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSplit, TimmSplit, TimmSplit]:
+    """Training, validation and test split. Validation is held out of the training set, stratified by class.
+
+    Raises:
+        ValueError: The data is not there or not in the expected layout.
+    """
+    if config.name == 'timm':
+        return load_timm_splits(config)
+    whole = load_split(config, train=True)
+    generator = torch.Generator().manual_seed(config.split_seed)
+    held_out = torch.zeros(len(whole), dtype=torch.bool)
+    for label in whole.labels.unique():
+        members = (whole.labels == label).nonzero()[:, 0]
+        count = round(config.val_fraction * len(members))
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    train, val = whole.subset(~held_out), whole.subset(held_out)
+    if len(val) == 0 or len(train) == 0:
+        none, change = ('no image', 'Raise') if len(val) == 0 else ('every image', 'Lower')
+        raise ValueError(f'data.val_fraction={config.val_fraction} holds out {none}. {change} it.')
+    return train, val, load_split(config, train=False)
+
+
+def load_split(config: DataConfig, train: bool) -> Split:
+    """The training or the test set of a dataset, whole and in its original order.
+
+    Raises:
+        ValueError: The data is not there or not in the expected layout, or is not held in memory ('timm').
+    """
+    if config.name == 'timm':
+        raise ValueError("data.name='timm' is read by workers; for a set in memory choose image_folder, for example.")
+    loaders = {'mnist': _torchvision, 'cifar10': _torchvision, 'digits': _digits, 'image_folder': _image_folder}
+    return loaders[config.name](config, train)
+
+
+def data_label(config: DataConfig) -> str:
+    """The data's name for results and cards."""
+    names = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10', 'digits': 'scikit-learn digits (28x28)'}
+    return config.label or names.get(config.name) or Path(config.root).name
+
+
+def _torchvision(config: DataConfig, train: bool) -> Split:
+    from torchvision import datasets
+
+    cls = {'mnist': datasets.MNIST, 'cifar10': datasets.CIFAR10}[config.name]
+    try:
+        dataset = cls(config.root, train=train, download=config.download)
+    except RuntimeError as error:
+        raise ValueError(
+            f'{config.name} is not in {config.root!r} (data.root). Set data.root to the folder that holds it, '
+            'or data.download=true to fetch it.'
+        ) from error
+    images = torch.as_tensor(dataset.data)
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return Split(images.contiguous(), torch.as_tensor(dataset.targets))
+
+
+def _digits(config: DataConfig, train: bool) -> Split:
+    """The 1,797 handwritten 8x8 digits that come with scikit-learn, as 28x28 images; every fifth is a test image."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("data.name='digits' needs scikit-learn: pip install timm-batchout[train].") from error
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 16
+    images = torch.nn.functional.interpolate(images, size=(28, 28), mode='bilinear', align_corners=False)
+    is_test = torch.arange(len(images)) % 5 == 0
+    keep = ~is_test if train else is_test
+    return Split((images * 255).round().to(torch.uint8)[keep], torch.from_numpy(digits.target).long()[keep])
+
+
+def _image_folder(config: DataConfig, train: bool) -> Split:
+    """``train/<class>/*`` or ``test/<class>/*`` of a folder or tar file; classes in alphabetical order."""
+    from PIL import Image
+
+    part = 'train' if train else 'test'
+    images, classes, broken = [], [], []
+    names = {'train': set[str](), 'test': set[str]()}
+    for found, name, path, stream in _files(Path(config.root)):
+        names[found].add(name)
+        if found != part or stream is None:
+            continue
+        try:
+            with Image.open(stream) as image:
+                images.append(np.asarray(image.convert('RGB')))
+        except OSError as error:
+            if config.broken == 'stop':
+                raise ValueError(f'{path} does not decode ({error}). data.broken=skip passes over it.') from error
+            broken.append(path)
+            continue
+        classes.append(name)
+    if not images:
+        raise ValueError(f'No images in {config.root!r} (data.root): expected {part}/<class>/<image>.')
+    if broken:
+        warnings.warn(f'{len(broken)} images do not decode and are left out: {broken[0]}, ...', stacklevel=2)
+    empty = sorted((names['train'] | names['test']) - set(classes))
+    if empty:
+        raise ValueError(f'Classes of {config.root!r} without an image in {part!r}: {", ".join(empty[:5])}.')
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"The images in {config.root!r} differ in size: use data.name='timm', which resizes them.")
+    index = {name: i for i, name in enumerate(sorted(set(classes)))}
+    tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return Split(tensor, torch.tensor([index[name] for name in classes]))
+
+
+def _files(root: Path) -> Iterator[tuple[str, str, str, io.BytesIO | Path | None]]:
+    """(part, class, name, image file) of all images, in sorted order; per class folder also (part, class, '', None)."""
+    if root.is_dir():
+        for part in ('test', 'train'):
+            for folder in sorted(path for path in (root / part).glob('*') if path.is_dir()):
+                yield part, folder.name, '', None
+                for path in sorted(folder.glob('*')):
+                    if path.suffix.lower() in IMAGE_SUFFIXES:
+                        yield part, folder.name, str(path), path
+    elif root.is_file() and tarfile.is_tarfile(root):
+        with tarfile.open(root) as tar:
+            found = {}
+            for member in tar:  # one sequential read: seeking in a compressed tar starts it over
+                path = Path(member.name)
+                part = path.parent.parent.name
+                wanted = path.suffix.lower() in IMAGE_SUFFIXES and part in ('train', 'test')
+                content = tar.extractfile(member) if wanted else None
+                if content is not None:
+                    found[member.name] = (part, path.parent.name, member.name, io.BytesIO(content.read()))
+        yield from (found[name] for name in sorted(found))
+    else:
+        raise ValueError(f'{str(root)!r} (data.root) is neither a folder nor a tar file.')
+
+
+class TensorLoader:
+    """Batches of float images in [0, 1] from a split that stays on the device: no worker, no copy per step.
+
+    Training batches come in an order that depends on seed and epoch alone, and the last incomplete one is dropped;
+    evaluation batches come in order, all of them.
+
+    Args:
+        split: The images.
+        batch_size: Images per batch.
+        device: Where they live.
+        channels_last: Memory format of the batches.
+        shuffle: Training mode.
+        seed: Of the order and the augmentations.
+        augment: Training mode: what is drawn at random (``hflip`` and ``padding``).
+        rank, world_size: This process takes every world_size-th image of the common order, from the rank-th on.
+
+    Attributes:
+        epoch: Which epoch's order the next iteration takes; set it before each.
+        start: The first batch of the next iteration; above 0 where a resumed run goes on within an epoch.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device | str = 'cpu',
+        channels_last: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: AugmentConfig | None = None,
+    ):
+        self.images = split.images.to(device)
+        self.labels = split.labels.to(device)
+        self.batch_size = batch_size
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank, self.world_size = rank, world_size
+        self.augment = augment if shuffle else None
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return len(self.labels) // (self.batch_size * self.world_size)  # the same on every rank
+        return -(-len(range(self.rank, len(self.labels), self.world_size)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(self.labels))
+        if self.shuffle:
+            # Not the global generator: the order must not depend on what was drawn before.
+            order = torch.randperm(
+                len(order), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            )
+        order = order[self.rank :: self.world_size].to(self.labels.device)
+        for i in range(self.start, len(self)):
+            batch = order[i * self.batch_size : (i + 1) * self.batch_size]
+            images = self.images[batch]
+            if self.augment:
+                images = self._augmented(images, self.augment, i)
+            images = images.float().div_(255)
+            yield images.contiguous(memory_format=self.memory_format), self.labels[batch]
+
+    def _augmented(self, images: Tensor, augment: AugmentConfig, step: int) -> Tensor:
+        """Crops and flips that depend on seed, epoch, step and rank alone."""
+        key = [self.seed, self.epoch, step, self.rank]
+        generator = np.random.default_rng(key)
+        count, _, height, width = images.shape
+        pad = augment.padding
+        top, left = torch.from_numpy(generator.integers(0, 2 * pad + 1, (2, count))).to(images.device)
+        flip = torch.from_numpy(generator.random(count) < augment.hflip).to(images.device)
+        rows = top[:, None] + torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        columns = left[:, None] + torch.where(flip[:, None], columns.flip(0), columns)
+        padded = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+        image = torch.arange(count, device=images.device)[:, None, None]
+        return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

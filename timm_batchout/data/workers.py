@@ -1,0 +1,367 @@
+"""Image sets too large to hold: timm.data's datasets and transforms, read by worker processes.
+
+timm's own loader draws order and augmentations from the global random state, so that no run could go on within an epoch
+to the same bits. Here they depend on seed, epoch and image alone, whatever the number of workers and processes.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from timm_batchout.data.config import AugmentConfig, DataConfig
+
+__all__ = ['TimmLoader', 'TimmSplit', 'input_cfg', 'load_timm_splits']
+
+CONSECUTIVE_BROKEN = 10  # so many in a row are no accident
+Sample = tuple[np.ndarray, int, str]  # uint8 (C, H, W), label, why it could not be read
+
+
+class TimmSplit:
+    """One split of a dataset that ``timm.data.create_dataset`` opens; no image is read before it is needed.
+
+    Args:
+        config: Where it is.
+        split: Its name there.
+        training: Streamed sets are shuffled, and cut into equal shares.
+        class_to_idx: Labels by class name, where another split has fixed them; folders only.
+
+    Attributes:
+        streamed: It can be read in order only (WebDataset, streamed Hugging Face datasets).
+        indices: Of its images, (N,) int64; None where streamed.
+        classes: How many the dataset names; 0: it does not say.
+
+    Raises:
+        ValueError: There is no such dataset, split or image; an empty class folder; classes that training has not.
+    """
+
+    def __init__(
+        self, config: DataConfig, split: str, training: bool = False, class_to_idx: dict[str, int] | None = None
+    ):
+        self.config, self.split, self.training = config, split, training
+        self.class_to_idx = class_to_idx
+        self.dataset = self.open()
+        self.streamed = isinstance(self.dataset, IterableDataset)
+        self.total = len(self.dataset)
+        self.indices = None if self.streamed else torch.arange(self.total)
+        found = getattr(getattr(self.dataset, 'reader', self.dataset), 'class_to_idx', None) or {}
+        self.classes = len(class_to_idx or found)
+        if self.class_to_idx is None:
+            self.class_to_idx = found
+        if training and not self.total:
+            raise ValueError(f'No images in split {split!r} of {self._name}; streamed sets need options.num_samples.')
+
+    @property
+    def _name(self) -> str:
+        return repr(self.config.dataset or self.config.root)
+
+    def __len__(self) -> int:
+        return self.total if self.indices is None else len(self.indices)
+
+    def subset(self, indices: Tensor) -> 'TimmSplit':
+        part = object.__new__(TimmSplit)
+        part.__dict__ |= self.__dict__ | {'indices': self.indices[indices]}  # type: ignore[index]
+        return part
+
+    def check_labelled(self) -> None:
+        """Test splits of public sets often have no labels (-1); their first image tells it before any training."""
+        try:
+            _, label = next(iter(self.dataset)) if self.streamed else self.dataset[0]
+        except (RuntimeError, OSError, StopIteration):  # one that does not decode is dealt with where it is read
+            return
+        if label is None or int(label) < 0:
+            raise ValueError(
+                f'Split {self.split!r} of {self._name} has no labels (its first is {label}). Choose another one '
+                '(data.val_split, data.test_split).'
+            )
+
+    def open(self, seed: int = 0, batch_size: int = 1, image_mode: str = 'RGB') -> Any:
+        """The dataset, giving PIL images and labels."""
+        config = self.config
+        options: dict[str, Any] = {'download': config.download, **config.options}
+        root, folder = config.root or None, None
+        if config.dataset in ('', 'folder'):
+            folder = self._folder()
+            root, options['search_split'] = str(folder), False
+            if self.class_to_idx:
+                options['class_map'] = self.class_to_idx
+        try:
+            dataset: Any = create_dataset(
+                config.dataset,
+                root=root,
+                split=self.split,
+                is_training=self.training,
+                seed=seed,
+                batch_size=batch_size,
+                input_img_mode=image_mode,
+                **options,
+            )
+        except (OSError, RuntimeError, ValueError, AssertionError, KeyError, ImportError) as error:
+            raise ValueError(
+                f'timm.data cannot open split {self.split!r} of {self._name} (data.dataset, data.root): {error}'
+            ) from error
+        if folder and folder.is_dir():
+            self._check_classes(folder, dataset.reader)
+        return dataset
+
+    def _check_classes(self, folder: Path, reader: Any) -> None:
+        """timm passes over class folders that are empty, or that the training split has not."""
+        present = {label for _, label in reader.samples}
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        unknown = [name for name in classes if self.class_to_idx and name not in self.class_to_idx]
+        if unknown:
+            raise ValueError(f'{str(folder)!r} has classes that the training split has not: {", ".join(unknown[:5])}.')
+        empty = [name for name in classes if reader.class_to_idx.get(name) not in present]
+        if empty:
+            raise ValueError(f'Class folders without an image in {str(folder)!r}: {", ".join(empty[:5])}.')
+
+    def _folder(self) -> Path:
+        for path in (Path(self.config.root, self.split), Path(self.config.root, f'{self.split}.tar')):
+            if path.exists():
+                return path
+        raise ValueError(
+            f'There is no {self.split!r} (a folder of class folders) or {self.split + ".tar"!r} in '
+            f'{self.config.root!r} (data.root). data.train_split, val_split and test_split name them.'
+        )
+
+
+def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSplit]:
+    """Training, validation and test split; validation is held out of the training split unless it has its own."""
+    train = TimmSplit(config, config.train_split, training=True)
+    test = TimmSplit(config, config.test_split, class_to_idx=train.class_to_idx)
+    test.check_labelled()
+    if config.val_split:
+        val = TimmSplit(config, config.val_split, class_to_idx=train.class_to_idx)
+        val.check_labelled()
+        return train, val, test
+    if train.streamed:
+        raise ValueError('A streamed training set has no images that could be held out: name a data.val_split.')
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
+    count = round(config.val_fraction * len(train))
+    if not count:
+        raise ValueError(f'data.val_fraction={config.val_fraction} holds out no image. Raise it.')
+    return train.subset(order[count:].sort().values), train.subset(order[:count].sort().values), test
+
+
+def input_cfg(model: nn.Module, config: DataConfig) -> dict[str, Any]:
+    """What the model's ``pretrained_cfg`` says of its input (``timm.data.resolve_model_data_config``), resized."""
+    cfg = resolve_model_data_config(model)
+    if config.image_size:
+        cfg['input_size'] = (cfg['input_size'][0], config.image_size, config.image_size)
+    return cfg
+
+
+class TimmLoader:
+    """Batches of float images in [0, 1], decoded, cropped and augmented by workers.
+
+    Order and sharding are those of ``TensorLoader``. Streamed sets: training shards are dealt out by timm's reader and
+    a resumed epoch is read again from its start; in evaluation every process reads all and takes its share of batches.
+
+    Args:
+        split: The images.
+        batch_size: Images per batch and process.
+        model_cfg: ``input_cfg`` of the model: size, interpolation, crop.
+        classes: Labels must lie below.
+        augment: Training mode: what is drawn at random.
+        device, channels_last, shuffle, seed, rank, world_size: As for ``TensorLoader``.
+
+    Attributes:
+        epoch, start: As for ``TensorLoader``.
+        broken: Images that could not be read since the iteration began. Training takes the next one in their place,
+            evaluation leaves them out.
+
+    Raises:
+        ValueError: While iterating: a label outside the classes; an image that cannot be read, if ``data.broken`` is
+            'stop', and in any case after ten in a row.
+    """
+
+    def __init__(
+        self,
+        split: TimmSplit,
+        batch_size: int,
+        model_cfg: dict[str, Any],
+        classes: int,
+        augment: AugmentConfig | None = None,
+        device: torch.device | str = 'cpu',
+        channels_last: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.split, self.batch_size, self.classes = split, batch_size, classes
+        self.device = torch.device(device)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.shuffle, self.seed = shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.image_mode = 'L' if model_cfg['input_size'][0] == 1 else 'RGB'
+        self.transform = make_transform(model_cfg, augment if shuffle else None)
+        self.epoch = 0
+        self.start = 0
+        self.broken = 0
+        self._keys: list[tuple[int, int]] = []  # (epoch, index) of the images to come: workers live through all epochs
+        self._batches: Any = None if split.streamed else self._indexed()
+
+    def __len__(self) -> int:
+        if self.shuffle:
+            return len(self.split) // (self.batch_size * self.world_size)  # the same on every rank
+        return -(-len(range(self.rank, len(self.split), self.world_size)) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.broken = 0
+        for images, labels, errors in self._stream() if self.split.streamed else self._ordered():
+            self.broken += sum(map(bool, errors))
+            if any(errors) and self.split.config.broken == 'stop':
+                raise ValueError(f'{next(filter(None, errors))}. data.broken=skip passes such images over.')
+            good = labels >= 0
+            if (~good).sum() > sum(map(bool, errors)):
+                raise ValueError(
+                    f'The data has the label {int(labels.min())}: an image without a label. Choose another split '
+                    '(data.train_split, val_split, test_split).'
+                )
+            if not good.all():  # in evaluation
+                images, labels = images[good], labels[good]
+            if len(labels) and labels.max() >= self.classes:
+                raise ValueError(
+                    f'The data has the label {int(labels.max())}, the model {self.classes} classes: set '
+                    'model_args.num_classes.'
+                )
+            images = images.to(self.device, non_blocking=True).float().div_(255)
+            yield images.contiguous(memory_format=self.memory_format), labels.to(self.device, non_blocking=True)
+
+    def _ordered(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        order = self.split.indices
+        assert order is not None
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+            order = order[torch.randperm(len(order), generator=generator)]
+        mine = order[self.rank :: self.world_size][self.start * self.batch_size : len(self) * self.batch_size]
+        self._keys[:] = [(self.epoch, int(index)) for index in mine]
+        yield from self._batches
+
+    def _indexed(self) -> DataLoader:
+        dataset = self.split.open(image_mode=self.image_mode)
+        return self._data_loader(
+            IndexedImages(dataset, self.transform, self.seed, replace_broken=self.shuffle),
+            sampler=self._keys,
+            persistent_workers=self.split.config.workers > 0,
+        )
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        dataset = self.split.open(self.seed, self.batch_size, self.image_mode)
+        dataset.set_epoch(self.epoch)
+        if not self.shuffle and hasattr(dataset.reader, 'dist_rank'):
+            dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
+        dataset.set_loader_cfg(num_workers=self.split.config.workers)
+        images = StreamedImages(dataset, self.transform, (self.seed, self.epoch))
+        for i, batch in enumerate(self._data_loader(images, drop_last=self.shuffle)):
+            if self.shuffle and i == len(self):
+                return
+            if i >= self.start and (self.shuffle or i % self.world_size == self.rank):
+                yield batch
+
+    def _data_loader(self, images: Dataset, **options: Any) -> DataLoader:
+        return DataLoader(
+            images,
+            self.batch_size,
+            num_workers=self.split.config.workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == 'cuda',
+            generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch),
+            **options,
+        )
+
+
+class IndexedImages(Dataset):
+    """Images by (epoch, index), transformed with random numbers that depend on these and the seed alone.
+
+    Args:
+        dataset: timm's, giving PIL images.
+        transform: PIL image to uint8 array (C, H, W).
+        seed: Of the transforms.
+        replace_broken: By the next image that can be read; else it comes black, with the label -1.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], np.ndarray], seed: int, replace_broken: bool):
+        self.dataset, self.transform, self.seed, self.replace_broken = dataset, transform, seed, replace_broken
+        dataset._max_retries = 1  # timm would put another image in its place, and not say so to the caller
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        broken = ''
+        for step in range(CONSECUTIVE_BROKEN):
+            try:
+                image, label = self.dataset[(index + step) % len(self.dataset)]
+            except (RuntimeError, OSError) as error:  # timm's ImageDataset; torchvision's
+                broken = broken or f'Image {self._filename(index)} cannot be read ({error})'
+                if self.replace_broken:
+                    continue
+                from PIL import Image
+
+                image, label = Image.new('RGB', (8, 8)), -1
+            with drawn_from(self.seed, epoch, index):
+                return self.transform(image), label, broken
+        raise ValueError(f'{broken}, nor can the {CONSECUTIVE_BROKEN - 1} after it.')
+
+    def _filename(self, index: int) -> str:
+        return str(self.dataset.filename(index)) if hasattr(self.dataset, 'filename') else str(index)
+
+
+class StreamedImages(IterableDataset):
+    """The images of a stream, transformed with random numbers that depend on seed, epoch, worker and count alone."""
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], np.ndarray], key: tuple[int, int]):
+        self.dataset, self.transform, self.key = dataset, transform, key
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        for count, (image, label) in enumerate(self.dataset):
+            with drawn_from(*self.key, worker.id if worker else 0, count):
+                yield self.transform(image), label, ''
+
+
+def make_transform(model_cfg: dict[str, Any], augment: AugmentConfig | None) -> Callable[[Any], np.ndarray]:
+    """timm's transform from a PIL image to a uint8 array (C, H, W); with ``augment``, its random one for training."""
+    size = {name: model_cfg[name] for name in ('input_size', 'interpolation')}
+    low, high = (augment or AugmentConfig()).scale
+    if augment is None:
+        crop = {name: model_cfg[name] for name in ('crop_pct', 'crop_mode')}
+        return create_transform(**size, **crop, use_prefetcher=True)
+    return create_transform(
+        **size,
+        is_training=True,
+        scale=(low, high),
+        ratio=None if low < 1 else (1.0, 1.0),
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment or None,
+        use_prefetcher=True,
+    )
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    images, labels, errors = zip(*samples, strict=True)
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels), list(errors)
+
+
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Python's, numpy's and torch's random numbers depend on the key inside, and go on outside as if nothing was."""
+    seed = int(np.random.SeedSequence([part % 2**32 for part in key]).generate_state(1)[0])
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # the CPU's alone
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

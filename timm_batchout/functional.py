@@ -1,0 +1,179 @@
+"""BatchOut, the method: Algorithm 1 and Eq. 2, 3 and 5 of the paper.
+
+Subramanya, Mopuri, Babu: "BatchOut: Batch-level feature augmentation to improve robustness to adversarial
+examples", ICVGIP 2018. While a net trains, the first half of each mini-batch of pre-activations is pushed a little
+toward other samples of the same batch; the push is a constant to backward; at test time nothing happens.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ['batchout', 'gaussian_noise']
+
+Eta = float | tuple[float, float] | Tensor | tuple[Tensor, Tensor]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The push, as a constant: backward hands the upstream gradient itself to ``x``. Nothing is saved for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
+        if chosen is not None:
+            return _push(x, target, weight, chosen)
+        n = target.shape[0]
+        if torch.compiler.is_compiling():  # dynamo takes no out= with other strides; the compiler fuses the copy away
+            out = x.clone()
+            out[:n].lerp_(target, weight)
+            return out
+        out = torch.empty_like(x)
+        torch.lerp(x[:n], target, weight, out=out[:n])  # a third less memory traffic than clone and overwrite
+        out[n:] = x[n:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return grad, None, None, None
+
+
+def _push(x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
+    """Eq. 3, ``(1 - eta) * x_j + eta * target_j``, for the chosen samples (None: the first ones); differentiable."""
+    out = x.clone()  # keeps the strides, where cat and index_copy would not
+    if chosen is not None:
+        return out.index_copy_(0, chosen, torch.lerp(x[chosen], target, weight))
+    n = target.shape[0]
+    out[:n] = torch.lerp(x[:n], target, weight)
+    return out
+
+
+def batchout(
+    x: Tensor,
+    k: float = 0.5,
+    eta: Eta = 0.1,
+    training: bool = True,
+    *,
+    per_sample: bool = True,
+    select: Literal['first', 'random'] = 'first',
+    stop_gradient: bool = True,
+) -> Tensor:
+    """Push ``floor(k * m)`` of the m samples toward other samples of the batch: ``x_j + eta * (x_r - x_j)``.
+
+    Partners are drawn uniformly from the whole batch, with replacement, and read before any sample is changed
+    (Algorithm 1, Eq. 2). All draws come from torch's global generator of ``x.device``.
+
+    Args:
+        x: Activations of one layer, shape (m, ...), any floating dtype, device and memory format.
+        k: Share of the mini-batch to augment, in [0, 1].
+        eta: Magnitude. A number, or a (low, high) pair to draw from uniformly. Either may be a 0-d tensor, whose
+            value can then change between the calls of a compiled net without a recompilation.
+        training: False makes this the identity.
+        per_sample: Draw one eta per augmented sample (True) or one per call. Without effect on a constant eta.
+        select: Augment the 'first' samples of the batch, as in the paper, or a 'random' choice of them.
+        stop_gradient: Treat the push as a constant in backward (paper, section 6.1): the gradient w.r.t. ``x`` is
+            the upstream gradient, for every sample. False differentiates through the push, as a control.
+
+    Returns:
+        A new tensor with the shape, dtype, device and (for dense ``x``) strides of ``x``; ``x`` itself where there
+        is nothing to do: not training, ``m == 1``, ``floor(k * m) == 0`` or a constant eta of 0.
+
+    Raises:
+        ValueError: k outside [0, 1]; eta negative, not finite, or a pair with low > high; unknown ``select``.
+    """
+    n = _num_augmented(x, k, eta, training, select)
+    if n == 0:
+        return x
+    m = x.shape[0]
+    partners = torch.randint(m, (n,), device=x.device)
+    weight = _draw_eta(eta, n if per_sample else 1, x)
+    chosen = None if select == 'first' else torch.randperm(m, device=x.device)[:n]
+
+    if stop_gradient:
+        return _StraightThrough.apply(x, x.detach()[partners], weight, chosen)
+    return _push(x, x[partners], weight, chosen)
+
+
+def gaussian_noise(
+    x: Tensor,
+    k: float = 0.5,
+    eta: Eta = 0.1,
+    training: bool = True,
+    *,
+    per_sample: bool = True,
+    select: Literal['first', 'random'] = 'first',
+    stop_gradient: bool = True,
+) -> Tensor:
+    """The paper's random baseline (Eq. 5): ``x_j + eta * ||x_j||_2 * n / ||n||_2`` with ``n ~ N(0, I)``.
+
+    Arguments, result and errors are those of :func:`batchout`; only the direction of the push differs.
+    """
+    n = _num_augmented(x, k, eta, training, select)
+    if n == 0:
+        return x
+    weight = _draw_eta(eta, n if per_sample else 1, x)
+    chosen = None if select == 'first' else torch.randperm(x.shape[0], device=x.device)[:n]
+
+    source = x.detach() if stop_gradient else x
+    clean = source[:n] if chosen is None else source[chosen]
+    noise = torch.randn_like(clean)
+    # A push toward a point at distance ||x_j||. Norms in float32 at least: half-precision squares overflow.
+    target = clean + (_sample_norm(clean) / _sample_norm(noise)).to(x.dtype) * noise
+    if stop_gradient:
+        return _StraightThrough.apply(x, target, weight, chosen)
+    return _push(x, target, weight, chosen)
+
+
+def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -> int:
+    """How many samples to augment: floor(k * m), or 0 where the result is ``x`` itself."""
+    if not training:
+        return 0
+    _check_k(k)
+    _check_eta(eta)
+    if select not in ('first', 'random'):
+        raise ValueError(f"select must be 'first' or 'random', got {select!r}.")
+    if x.ndim == 0 or x.shape[0] <= 1 or (isinstance(eta, (int, float)) and eta == 0):
+        return 0
+    top, bottom = float(k).as_integer_ratio()  # k exactly, as a constant that torch.compile does not make symbolic
+    return int(top / bottom * x.shape[0])
+
+
+def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:
+    """A constant eta as it is; else draws of shape (count, 1, ...) in ``x``'s dtype, broadcastable over ``x[:n]``."""
+    if isinstance(eta, (int, float)):
+        return float(eta)
+    shape = (count,) + (1,) * (x.ndim - 1)
+    low, high = eta if isinstance(eta, (tuple, list)) else (eta, eta)
+    # Drawn in float32 and on x's device. Bounds that are 0-d CPU tensors enter as scalars, without a device sync.
+    return (torch.rand(shape, device=x.device) * (high - low) + low).to(x.dtype)
+
+
+def _sample_norm(x: Tensor) -> Tensor:
+    """L2 norm of each sample, shape (m, 1, ...), float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x.reshape(x.shape[0], -1), dim=1, dtype=dtype)
+    return norm.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _check_k(k: float) -> None:
+    if not isinstance(k, (int, float)) or not 0 <= k <= 1:
+        raise ValueError(f'k is the share of the mini-batch to augment and must lie in [0, 1], got {k!r}.')
+
+
+def _check_eta(eta: Eta) -> None:
+    """Checks numbers only: reading a tensor's value would synchronise the device and break a compiled graph."""
+    bounds = eta if isinstance(eta, (tuple, list)) else (eta, eta)
+    if len(bounds) != 2:
+        raise ValueError(f'eta must be a number or a (low, high) pair, got {eta!r}.')
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        if any(isinstance(bound, Tensor) and bound.ndim for bound in bounds):
+            raise ValueError('A tensor as eta, or as a bound of it, must be 0-d: one magnitude, not one per feature.')
+        return
+    low, high = bounds
+    for bound in bounds:
+        if isinstance(bound, bool) or not isinstance(bound, (int, float)):
+            raise ValueError(f'eta must be a number or a (low, high) pair of numbers, got {eta!r}.')
+        if not math.isfinite(bound) or bound < 0:
+            raise ValueError(f'eta must be finite and not negative, got {eta!r}.')
+    if low > high:
+        raise ValueError(f'eta=(low, high) needs low <= high, got {eta!r}.')

@@ -1,0 +1,402 @@
+"""A model under attack: chunk by chunk, each saved as soon as it is done, to one Report."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from timm_batchout.pixels import PixelModel, frozen, modes_kept, parse_epsilon, seeded
+from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available
+from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
+from timm_batchout.robustness.report import Report, Score
+
+__all__ = ['evaluate', 'filled_in', 'weights_sha256']
+
+AUDIT_IMAGES = 200
+OF_EVERY_ATTACK = ('n', 'eps')  # settings
+REMEDY = 'look for broken weights, or for a precision that is too low for them.'
+
+Plan = tuple[int, dict[str, float]]  # how many images an attack is run on, and its radii
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor | Dataset,
+    labels: Tensor | None = None,
+    attacks: Sequence[str] = ('fgsm',),
+    eps: Sequence[str | float] = ('8/255',),
+    eps_l2: Sequence[str | float] = ('0.5',),
+    *,
+    settings: dict[str, dict[str, Any]] | None = None,
+    transfer_from: nn.Module | None = None,
+    n: int = 0,
+    audit: bool = False,
+    batch_size: int = 100,
+    seed: int = 0,
+    name: str = '',
+    data: str = '',
+    chunks: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    progress: bool = False,
+) -> Report:
+    """Accuracy of a model, clean and under each attack; robust means right before and right after.
+
+    Chunks of images are attacked one by one, each with a seed of its own, so that a broken-off run goes on where it was
+    and several processes share the work, to the same numbers.
+
+    Args:
+        model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Left in the mode
+            that it came in.
+        images: (N, C, H, W), uint8, or floating in [0, 1]. Or a data set of (image, label), which has both.
+        labels: (N,), class numbers.
+        attacks: Names of ``ATTACKS``.
+        eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
+        eps_l2: L2 radii in [0, 1] pixels.
+        settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``; for every attack also ``n``,
+            to attack so many of the drawn images only, and ``eps``, for radii of its own.
+        transfer_from: The model that 'transfer', and the audit, craft images on.
+        n: How many images, drawn at random: data sets sorted by class are common; 0: all.
+        audit: Check for gradient masking, and mark what it spoils.
+        batch_size: Images per chunk.
+        seed: Of the draw and of the attacks.
+        name, data: For the report.
+        chunks: Folder where chunks are kept until the report stands; None: in memory only.
+        rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
+        wait: Returns when all processes have come to it.
+        progress: Show a bar.
+
+    Returns:
+        The report; on all processes the same.
+
+    Raises:
+        ValueError: An unknown attack or setting, or a setting of the wrong type; a package that is missing; a radius
+            outside [0, 1] (L2: below 0); n outside the images; images outside [0, 1], labels outside the classes; fewer
+            than two classes, logits that are no numbers, an output that is no tensor. Before the first attack.
+    """
+    check_available(attacks)
+    options = filled_in(attacks, settings or {})
+    if 'transfer' in options and transfer_from is None:
+        raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
+    radii = {'L2': _l2_radii(eps_l2), 'Linf': _linf_radii(eps)}
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
+    if labels is None or not isinstance(images, Tensor):
+        images, labels = _stacked(images, labels)
+    if world_size > 1 and chunks is None:
+        raise ValueError('Several processes share their work in a folder: name one as chunks.')
+    started = time.perf_counter()
+    with modes_kept(model, *([] if transfer_from is None else [transfer_from])):
+        pixel_model, source = _in_pixels(model), None if transfer_from is None else _in_pixels(transfer_from)
+        check_input(pixel_model, images, labels)
+        total = len(images)
+        images, labels = _draw(images, labels.long(), n, seed)
+        plans: dict[str, Plan] = {'clean': (len(images), {})}
+        plans |= {attack: _plan(attack, options[attack], radii, len(images)) for attack in attacks}
+        sha256 = weights_sha256(model)
+        stated = {name: dict(options[name]) for name in attacks}
+        if 'transfer' in options and transfer_from is not None:
+            stated['transfer']['source_sha256'] = weights_sha256(transfer_from)
+            options['transfer']['source'] = source
+        preprocessing = {
+            'mean': pixel_model.mean.flatten().tolist(),
+            'std': pixel_model.std.flatten().tolist(),
+            'input_size': list(images.shape[1:]),
+        }
+        machine = environment(images.device, sorted({ATTACKS[name].extra for name in attacks} - {''}))
+        versions = {name: value for name, value in machine.items() if name not in ('hardware', 'cpu_threads')}
+        key = [sha256, _hash_tensors(images, labels), preprocessing, stated, plans, batch_size, seed, versions]
+        store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
+        jobs = [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
+        done: dict[tuple[str, int], dict] = {}
+        with frozen(pixel_model):
+            for attack, start in _bar(jobs[rank::world_size], progress and rank == 0):
+                size, eps_of = plans[attack]
+                part = slice(start, min(start + batch_size, size))
+                x, y = _pixels(images, part), labels[part]
+                done[attack, start] = _saved(
+                    _path(store, attack, start),
+                    partial(_chunk, pixel_model, x, y, attack, eps_of, seed + start, options.get(attack, {})),
+                )
+            wait()
+            for attack, start in jobs:
+                if (attack, start) not in done:
+                    done[attack, start] = _read(store, attack, start)
+            measured = {}
+            if audit:
+                x, y = _pixels(images, slice(0, AUDIT_IMAGES)), labels[:AUDIT_IMAGES]
+                asked = [r for name in attacks if ATTACKS[name].norm == 'Linf' for r in plans[name][1].values()]
+                measured = measure(pixel_model, x, y, asked, seed=seed, source=source)
+    scores = [
+        score
+        for attack, (_, eps_of) in plans.items()
+        for score in _scores(attack, [done[job] for job in jobs if job[0] == attack], eps_of)
+    ]
+    found = None
+    if audit:
+        right = {score.key: _column([done[job] for job in jobs if job[0] == score.attack], score) for score in scores}
+        reasons = suspicions(measured, scores, right)
+        found = {**measured, 'suspicions': reasons, 'verdict': verdict(measured, reasons)}
+        for score in scores:
+            score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, measured, reasons)
+    return Report(
+        model=name or type(model).__name__,
+        data=data,
+        n=len(images),
+        indices=f'the first n of torch.randperm({total}), seed {seed}',
+        batch_size=batch_size,
+        seed=seed,
+        weights_sha256=sha256,
+        preprocessing=preprocessing,
+        settings=stated,
+        scores=scores,
+        audit=found,
+        environment=machine,
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _in_pixels(model: nn.Module) -> PixelModel:
+    return PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
+
+
+def _stacked(dataset: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The images and the labels of a data set."""
+    if isinstance(dataset, Tensor) or labels is not None:
+        raise ValueError('Give images and labels as two tensors, or a data set of (image, label) instead of both.')
+    try:
+        images, numbers = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+        return torch.stack(images), torch.tensor(numbers)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            'A data set must hold pairs of an image, a tensor (C, H, W) that is uint8 or in [0, 1], all of one size, '
+            f'and a class number: {error}.'
+        ) from error
+
+
+def _draw(images: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """n images in random order, so that any first part of them is a fair sample."""
+    if not 0 <= n <= len(images):
+        raise ValueError(f'n must lie in [1, {len(images)}], the images, or be 0 for all; got {n}.')
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: n or None]
+    return images[order.to(images.device)], labels[order.to(labels.device)]
+
+
+def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
+    """Raise ValueError on what no attack could make sense of."""
+    if len(images) == 0:
+        raise ValueError('There are no images to evaluate on.')
+    if len(images) != len(labels):
+        raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f'Images must be uint8, or floating in [0, 1], got {images.dtype}: images.to(torch.uint8)?')
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f'Labels must be class numbers (N,), int64, got {list(labels.shape)}, {labels.dtype}.')
+    if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
+    if model.mean.numel() not in (1, images.shape[1]):
+        raise ValueError(
+            f'The images have {images.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
+            'and std of its pretrained_cfg, one value per channel.'
+        )
+    with torch.no_grad(), seeded(0):
+        try:
+            logits = model(_pixels(images, slice(0, 2)))
+        except AttributeError as error:
+            raise ValueError(f'The model must return a tensor of logits (B, classes): {error}.') from error
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f'The model must return logits (B, classes) of two classes or more, got {list(logits.shape)}.')
+    if not torch.isfinite(logits).all():
+        raise ValueError(f'The logits are NaN or infinite: {REMEDY}')
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f'Labels must lie in [0, {logits.shape[1]}), the classes of the model; got '
+            f'[{int(labels.min())}, {int(labels.max())}].'
+        )
+
+
+def filled_in(attacks: Sequence[str], settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings of each attack, with its defaults.
+
+    Raises:
+        ValueError: A setting of an attack that is not run, that there is not, or of another type than its default.
+    """
+    unused = sorted(set(settings) - set(attacks))
+    if unused:
+        raise ValueError(f'There are settings for {", ".join(unused)}, which is not among the attacks.')
+    options = {}
+    for name in attacks:
+        defaults, given = ATTACKS[name].settings, dict(settings.get(name) or {})
+        for setting, value in given.items():
+            if setting == 'eps':
+                given['eps'] = _listed(value)
+            elif setting in defaults or setting == 'n':
+                _check_setting(f'{setting} of {name}', value, defaults.get(setting, 0))
+            else:
+                raise ValueError(f'{name} has no setting {setting!r}; it has {[*defaults, *OF_EVERY_ATTACK]}.')
+        options[name] = {**defaults, **given}
+    return options
+
+
+def _check_setting(name: str, value: Any, default: Any) -> None:
+    """Values are of the type of the default; lists are choices from it."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), 'true or false'
+    elif isinstance(default, int):  # a default of 0: the range is checked where it is known
+        fits, wanted = number and isinstance(value, int) and (value > 0 or not default), 'a whole number, 1 or more'
+    elif isinstance(default, float):
+        fits, wanted = number and 0 <= value < math.inf, 'a number, 0 or more'
+    else:
+        fits, wanted = isinstance(value, (list, tuple)) and len(value) > 0, f'some of {default}'
+        fits = fits and all(choice in default for choice in value)
+    if not fits:
+        raise ValueError(f'{name} must be {wanted}, got {value!r}.')
+
+
+def _plan(attack: str, options: dict[str, Any], radii: dict[str, dict[str, float]], images: int) -> Plan:
+    n = options.get('n', images)
+    if not 0 < n <= images:
+        raise ValueError(f'n of {attack} must lie in [1, {images}], the images, got {n}.')
+    l2 = ATTACKS[attack].norm == 'L2'
+    if 'eps' not in options:
+        return n, radii['L2' if l2 else 'Linf']
+    return n, _l2_radii(options['eps']) if l2 else _linf_radii(options['eps'])
+
+
+def _listed(eps: Any) -> list[Any]:
+    return list(eps) if isinstance(eps, (list, tuple)) else [eps]
+
+
+def _linf_radii(eps: Any) -> dict[str, float]:
+    return {str(epsilon): parse_epsilon(epsilon) for epsilon in _listed(eps)}
+
+
+def _l2_radii(eps: Any) -> dict[str, float]:
+    """They may be larger than 1."""
+    radii = {}
+    for epsilon in _listed(eps):
+        try:
+            radii[str(epsilon)] = value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"An L2 radius must be a number such as 0.5 or '128/255', got {epsilon!r}.") from error
+        if not 0 <= value < math.inf:
+            raise ValueError(f'An L2 radius must be at least 0, and finite, got {epsilon!r}.')
+    return radii
+
+
+def _pixels(images: Tensor, part: slice) -> Tensor:
+    return images[part].float() / 255 if images.dtype == torch.uint8 else images[part].float()
+
+
+def _chunk(
+    model: PixelModel,
+    images: Tensor,
+    labels: Tensor,
+    attack: str,
+    radii: dict[str, float],
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The outcome on some images, as JSON."""
+    with seeded(seed):  # the model may draw, too
+        if attack == 'clean':
+            outcome = _clean(model, images, labels)
+        else:
+            own = {name: value for name, value in options.items() if name not in OF_EVERY_ATTACK}
+            outcome = ATTACKS[attack].run(model, images, labels, radii, seed, **own)
+    # JSON knows no infinity: None where nothing was found.
+    return {
+        'right': {name: right.int().tolist() for name, right in outcome.right.items()},
+        'distance': {
+            name: [value if value < torch.inf else None for value in distance.tolist()]
+            for name, distance in outcome.distance.items()
+        },
+    }
+
+
+@torch.no_grad()
+def _clean(model: PixelModel, images: Tensor, labels: Tensor) -> Outcome:
+    logits = model(images)
+    broken = ~torch.isfinite(logits).all(1)
+    if broken.any():
+        raise ValueError(f'The logits of {int(broken.sum())} of {len(images)} images are NaN or infinite: {REMEDY}')
+    return Outcome({'': logits.argmax(1) == labels})
+
+
+def _saved(path: Path | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Read from ``path``, or measured and written there."""
+    if path and path.is_file():
+        return json.loads(path.read_text())
+    record = measure()
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(record))
+    return record
+
+
+def _path(store: Path | None, attack: str, start: int) -> Path | None:
+    return store / f'{attack}_{start:07d}.json' if store else None
+
+
+def _read(store: Path | None, attack: str, start: int) -> dict[str, Any]:
+    path = _path(store, attack, start)
+    assert path is not None, 'a chunk of another process'
+    return json.loads(path.read_text())
+
+
+def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, float]) -> list[Score]:
+    norm = '' if attack == 'clean' else ATTACKS[attack].norm
+    scores = []
+    for variant in chunks[0]['right']:
+        score = Score(attack, variant, norm, radii.get(variant), 0, 0)
+        right = _column(chunks, score)
+        score.correct, score.n = sum(right), len(right)
+        if variant in chunks[0]['distance']:
+            found = [value for chunk in chunks for value in chunk['distance'][variant]]
+            middle = torch.tensor([torch.inf if value is None else value for value in found]).median().item()
+            known = [value for value in found if value is not None]
+            score.median_distance = middle if middle < torch.inf else None
+            score.mean_distance = sum(known) / len(known) if known else None
+        scores.append(score)
+    return scores
+
+
+def _column(chunks: list[dict[str, Any]], score: Score) -> list[int]:
+    """1 for every image that is right."""
+    return [value for chunk in chunks for value in chunk['right'][score.variant]]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of the state_dict: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash_tensors(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f'{tensor.dtype} {list(tensor.shape)}'.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _bar(jobs: Sequence[tuple[str, int]], show: bool) -> Any:
+    if not show:
+        return jobs
+    from tqdm import tqdm
+
+    return tqdm(jobs, 'chunks', unit=' chunk')

@@ -1,0 +1,247 @@
+"""The training loop, on Accelerate: from a config to a run folder.
+
+run/config.yaml          the resolved recipe
+run/metrics.jsonl        one line per epoch
+run/checkpoints/step_N   all that --resume needs, after N forwards; the newest ones are kept
+run/model.safetensors    the trained weights (their moving average, if ema_decay is set), keys as in the plain net
+run/best.safetensors     the same at the epoch of the highest validation accuracy
+run/result.json          test accuracy, recipe, seed, versions, hardware, sha256 of the weights
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from torch import Tensor, nn
+
+import timm_batchout  # noqa: F401  (registers the zoo's models)
+from timm_batchout.data.memory import Split, load_data
+from timm_batchout.data.workers import TimmSplit, input_cfg
+from timm_batchout.inject import batchout_sites
+from timm_batchout.pixels import PixelModel
+from timm_batchout.provenance import write_atomically
+from timm_batchout.training.checkpoints import newest_checkpoint, restore_checkpoint
+from timm_batchout.training.config import TrainConfig
+from timm_batchout.training.trainer import RECIPE, Interrupted, Run, stop_signals
+from timm_batchout.zoo.timm_twins import check_model_name
+
+__all__ = ['Interrupted', 'recipe_changes', 'train']
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Train a model by a recipe; returns what it writes to ``result.json`` (a dry run: what it would train).
+
+    Raises:
+        ValueError: A config value out of range, data that is not there, images that the model does not take, an
+            output folder that holds another run, nothing to resume. Before the first step, in every case.
+        FloatingPointError: The loss became NaN or infinite, and ``non_finite`` is 'stop'.
+        RuntimeError: A checkpoint could not be written; the one before is intact.
+        Interrupted: SIGTERM or SIGINT. The step was finished and saved.
+    """
+    config.validate()
+    check_model_name(config.model)
+    splits = load_data(config.data)
+    accelerator = _accelerator(config)
+    # device_specific: ranks must not share their draws of partners and dropout masks.
+    set_seed(config.seed, device_specific=True)
+    try:
+        model = timm.create_model(config.model, **config.model_args)
+    except TypeError as error:
+        raise ValueError(f'{config.model} does not take these model_args: {error}') from error
+    _check_fit(config, model, splits[0])
+    if config.batch_size * accelerator.num_processes > len(splits[0]):
+        raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(splits[0])} images).')
+    if config.dry_run:
+        return _describe(config, model, splits[0])
+    output = Path(config.output)
+    checkpoint = _check_run_folder(output, config)
+    run = Run(config, model, splits, accelerator)
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / RECIPE, replace(config, resume=False, allow_changes=False).to_yaml())
+    if checkpoint:
+        restore_checkpoint(accelerator, checkpoint, run.progress, run.ema)
+    if config.trackers:
+        accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
+    with stop_signals(run):
+        while run.progress.epoch < config.epochs:
+            run.train_epoch()
+    result = run.finish()
+    accelerator.end_training()
+    return result
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """What ``accelerate launch`` or torchrun has set up; several processes without a GPU talk over gloo."""
+    processes = int(os.environ.get('WORLD_SIZE', '1'))
+    on_cpu = parse_flag_from_env('ACCELERATE_USE_CPU') or not torch.accelerator.is_available()
+    sharded = [name for name in ('DEEPSPEED', 'FSDP') if parse_flag_from_env(f'ACCELERATE_USE_{name}')]
+    if config.precision == 'fp16' and on_cpu:
+        raise ValueError('precision fp16 needs a GPU, and there is none: use bf16.')
+    available = [tracker.value for tracker in get_available_trackers()]
+    missing = [name for name in config.trackers if name not in available]
+    if missing:
+        raise ValueError(f"Tracker {missing[0]!r} is not installed, or not one of Accelerate's; there are {available}.")
+    if sharded and on_cpu:
+        raise ValueError(f'{sharded[0]} needs GPUs, and there are none: recipes/accelerate/two_cpu_processes.yaml.')
+    if sharded and config.ema_decay:
+        raise ValueError(f'ema_decay needs whole weights in every process, {sharded[0]} has shards: set it to 0.')
+    if sharded == ['DEEPSPEED'] and (config.accumulate > 1 or config.non_finite == 'skip'):
+        raise ValueError('DeepSpeed steps by itself: accumulate must be 1 and non_finite stop.')
+    _rendezvous_after_restart('gloo' if on_cpu else None)
+    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
+    accelerator = Accelerator(
+        cpu=on_cpu and processes > 1,
+        mixed_precision=config.precision,
+        log_with=config.trackers or None,
+        project_dir=config.output or None,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.state.deepspeed_plugin.deepspeed_config
+        engine['train_micro_batch_size_per_gpu'] = config.batch_size
+        engine['gradient_clipping'] = config.clip_grad
+    return accelerator
+
+
+def _rendezvous_after_restart(backend: str | None) -> None:
+    """Join the other processes that a launcher on one machine has started again.
+
+    torch's static rendezvous hands them the key-value store of those that died, with their addresses in it; keys with
+    a prefix are new ones. (The c10d rendezvous, for several machines, has a new store each time.)
+    """
+    restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+    if restarts == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1' or dist.is_initialized():
+        return
+    world_size = int(os.environ['WORLD_SIZE'])
+    store = dist.TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), world_size, is_master=False)
+    prefixed = dist.PrefixStore(f'restart_{restarts}', store)
+    dist.init_process_group(backend, store=prefixed, rank=int(os.environ['RANK']), world_size=world_size)
+
+
+def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> None:
+    """The model takes these images and has an output for every label."""
+    classes = int(model.num_classes)  # type: ignore[arg-type]
+    if classes < split.classes:
+        raise ValueError(
+            f'The model has {classes} classes, the data {split.classes}: set model_args.num_classes={split.classes}.'
+        )
+    cfg = input_cfg(model, config.data)
+    images = _two_images(cfg, split)
+    for name in ('mean', 'std'):
+        if len(cfg[name]) not in (1, images.shape[1]):
+            raise ValueError(
+                f'The images have {images.shape[1]} channels, the model takes {len(cfg[name])} by its {name}: set '
+                f'model_args.in_chans={images.shape[1]}, and model_args.pretrained_cfg_overlay={{mean: [...], '
+                'std: [...]} with one value per channel.'
+            )
+    try:
+        with torch.no_grad():
+            PixelModel(model, cfg)(images)
+    except (RuntimeError, AssertionError) as error:  # timm's ViTs assert the size
+        raise ValueError(
+            f'The model does not take images of shape {list(images.shape[1:])}: {error}. Set model_args.in_chans '
+            'and model_args.img_size, or choose other data.'
+        ) from error
+    model.train()
+
+
+def _two_images(cfg: dict[str, Any], split: Split | TimmSplit) -> Tensor:
+    """As the loaders give them: float in [0, 1]. Those that workers will read are zeros of the size that they get."""
+    if isinstance(split, Split):
+        return split.images[:2].float() / 255
+    return torch.zeros(2, *cfg['input_size'])
+
+
+def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from; None for a new run, whose folder must be free."""
+    checkpoint = newest_checkpoint(output) if config.resume else None
+    if not config.resume:
+        if output.exists() and any(output.iterdir()) and not _never_saved(output):
+            raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume.')
+        return None
+    if checkpoint is None:
+        if config.resume == 'auto':
+            return None
+        raise ValueError(f'Nothing to resume: {str(output)!r} holds no sound checkpoint. Start without --resume.')
+    changes = recipe_changes(yaml.safe_load((output / RECIPE).read_text()), config)
+    if changes and not config.allow_changes:
+        raise ValueError(
+            'The recipe differs from that of the run to resume (--allow-changes resumes all the same):\n'
+            + '\n'.join(changes)
+        )
+    for line in changes:
+        if line.split(':')[0].strip() in ('model', 'optimizer.name'):
+            raise ValueError(f'This cannot change within a run: start a new one.\n{line}')
+    return checkpoint
+
+
+def _never_saved(output: Path) -> bool:
+    """A run began here and ended before its first checkpoint: there is nothing to lose, and nothing to resume."""
+    kept = [*output.glob('checkpoints/step_*'), *output.glob('model.safetensors')]
+    return (output / RECIPE).is_file() and not kept
+
+
+def recipe_changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """Where a config asks for another run than the saved recipe; fields that it is older than have their defaults."""
+    default = yaml.safe_load(TrainConfig().to_yaml())
+    return [
+        f'  {name}: saved {was!r}, asked for {now!r}'
+        for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
+        if name not in config.LAUNCH
+    ]
+
+
+def _filled(saved: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """The saved recipe, with defaults for what it does not have."""
+    inner = {key: _filled(saved[key], value) for key, value in default.items() if isinstance(saved.get(key), dict)}
+    return {**default, **saved, **inner}
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) wherever two configs differ."""
+    for key in dict.fromkeys([*a, *b]):
+        was, now = a.get(key), b.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f'{prefix}{key}.')
+        elif was != now:
+            yield prefix + key, was, now
+
+
+def _describe(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> dict[str, Any]:
+    """A dry run: the resolved recipe, and what one process would hold in memory while it trains."""
+    parameters = sum(p.numel() for p in model.parameters())
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    images = _two_images(input_cfg(model, config.data), split)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.train()(images)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = sum(size for pointer, size in saved.items() if pointer not in own)
+    copies = 4 + bool(config.ema_decay)  # weights, gradients, two moments of Adam, moving average
+    report = {
+        'recipe': config.recipe(),
+        'parameters': parameters,
+        'batchout_sites': {name: str(layer) for name, layer in batchout_sites(model).items()},
+        'memory_estimate_mib': {
+            'weights, gradients, optimizer': round(copies * 4 * parameters / 2**20, 1),
+            f'activations of {config.batch_size} images': round(activations / 2 * config.batch_size / 2**20, 1),
+        },
+    }
+    print(yaml.safe_dump(report, sort_keys=False))
+    return report

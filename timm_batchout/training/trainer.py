@@ -1,0 +1,361 @@
+"""A model in training, from step to step: forward, backward, update, validation, checkpoint."""
+
+import hashlib
+import json
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm.optim
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from timm.data import Mixup
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from timm_batchout.data.memory import Split, TensorLoader, data_label
+from timm_batchout.data.workers import TimmLoader, TimmSplit, input_cfg
+from timm_batchout.inject import batchout_sites
+from timm_batchout.pixels import PixelModel
+from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.training.checkpoints import Progress, describe, newest_checkpoint, save_checkpoint
+from timm_batchout.training.config import TrainConfig
+from timm_batchout.training.objectives import make_objective
+from timm_batchout.training.validate import score
+
+__all__ = ['RECIPE', 'Interrupted', 'Run', 'stop_signals']
+
+RECIPE = 'config.yaml'
+LOOK_EVERY = 20  # forwards between two looks at the losses; at most so many updates between two at others' stop signals
+LOOK_SECONDS = 5  # between the latter
+
+
+class Interrupted(Exception):
+    """SIGTERM or SIGINT ended a run early; it was saved, and the message says how to go on."""
+
+
+class Run:
+    """A model in training, and all that goes with it from step to step."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        splits: tuple[Split, ...] | tuple[TimmSplit, ...],
+        accelerator: Accelerator,
+    ):
+        self.config = config
+        self.accelerator = accelerator
+        self.output = Path(config.output)
+        self.objective = make_objective(config.objective)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        self.cfg = input_cfg(model, config.data)
+        self.classes = int(model.num_classes)  # type: ignore[arg-type]
+        self.loader = self._loader(splits[0], config.batch_size, shuffle=True)
+        self.val_loader = self._loader(splits[1], config.eval_batch_size)
+        self.test_loader = self._loader(splits[2], config.eval_batch_size)
+        mixup, cutmix = config.augment.mixup, config.augment.cutmix
+        # The loss smooths the labels, of mixed images and of others.
+        self.mixup = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=self.classes) if mixup or cutmix else None
+        self.updates_per_epoch = -(-len(self.loader) // config.accumulate)
+        lr = config.optimizer.lr * (accelerator.num_processes if config.optimizer.scale_lr else 1)
+        optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=config.optimizer.name,
+            lr=lr,
+            weight_decay=config.optimizer.weight_decay,
+            momentum=config.optimizer.momentum,
+        )
+        self.schedule, _ = create_scheduler_v2(
+            optimizer,
+            config.schedule.name,
+            num_epochs=config.epochs,
+            decay_epochs=config.schedule.decay_epochs,
+            decay_rate=config.schedule.decay_rate,
+            min_lr=lr * config.schedule.min_lr,
+            warmup_lr=0.0,
+            warmup_epochs=config.schedule.warmup_epochs,  # type: ignore[arg-type]  # a float will do
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        self.etas = [(layer, layer.eta) for layer in batchout_sites(model).values()]  # at full strength
+        if config.compile:
+            model.compile(backend=config.compile)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.pixel_model = PixelModel(self.model, self.cfg).to(accelerator.device)
+        # Of the prepared model: only now do all processes have the weights of the first one.
+        self.ema = (
+            ModelEmaV3(accelerator.unwrap_model(self.model), decay=config.ema_decay) if config.ema_decay else None
+        )
+        self.progress = Progress(accelerator.num_processes, len(self.loader))
+        self.losses = torch.zeros(len(self.loader), device=accelerator.device)  # of this process and epoch
+        steps = config.checkpoint.steps * config.accumulate  # between updates: no gradient is half accumulated
+        self.saved_at = range(steps, len(self.loader), steps) if steps else ()  # within each epoch
+        self.stop_asked = False
+        self.updates_to_look, self.look_every, self.looked = 1, 1, time.perf_counter()  # at the others' stop signals
+
+    def _loader(self, split: Split | TimmSplit, size: int, shuffle: bool = False) -> TensorLoader | TimmLoader:
+        options: dict[str, Any] = {
+            'device': self.accelerator.device,
+            'channels_last': self.config.channels_last,
+            'shuffle': shuffle,
+            'seed': self.config.seed,
+            'rank': self.accelerator.process_index,
+            'world_size': self.accelerator.num_processes,
+            'augment': self.config.augment,
+        }
+        if isinstance(split, TimmSplit):
+            return TimmLoader(split, size, self.cfg, self.classes, **options)
+        return TensorLoader(split, size, **options)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards since the start of the run."""
+        return self.progress.epoch * len(self.loader) + self.progress.step
+
+    @property
+    def weights(self) -> nn.Module:
+        """What is evaluated and saved: the model, or its moving average."""
+        return self.ema.module if self.ema else self.accelerator.unwrap_model(self.model)
+
+    def train_epoch(self) -> None:
+        """What is left of the current epoch, its validation, and a checkpoint."""
+        progress = self.progress
+        self.model.train()
+        self.loader.epoch, self.loader.start = progress.epoch, progress.step
+        self.losses.copy_(progress.losses[self.accelerator.process_index])
+        started = time.perf_counter() - progress.seconds
+        for images, labels in self._progress_bar():
+            self._step(images, labels)
+            progress.seconds = time.perf_counter() - started
+            if progress.step % LOOK_EVERY == 0:
+                self._check_losses()
+            if self._must_stop():
+                self._save()
+                raise Interrupted(self._how_to_go_on() if self.accelerator.is_main_process else '')
+            if progress.step in self.saved_at:
+                self._save()
+        self._check_losses()
+        self._report(self._epoch_record())
+        self._save()
+
+    def _how_to_go_on(self) -> str:
+        command = shlex.join(['train', '--config', str(self.output / RECIPE), '--resume'])
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return f'Stopped and saved. Go on with: timm-batchout {command}'
+        return f'Stopped and saved. Go on with {processes} processes, by the launcher: -m timm_batchout.cli {command}'
+
+    def _progress_bar(self) -> tqdm:
+        images = self.config.batch_size * self.accelerator.num_processes
+        return tqdm(
+            self.loader,
+            f'epoch {self.progress.epoch + 1}/{self.config.epochs}',
+            total=len(self.loader),
+            initial=self.progress.step,
+            disable=None if self.accelerator.is_local_main_process else True,  # None: shown on a terminal only
+            leave=False,
+            mininterval=1.0,
+            unit=' images',
+            unit_scale=images,
+        )
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        """A forward and backward; with the last one of a group, an optimizer step."""
+        step, accumulate = self.progress.step, self.config.accumulate
+        group, place = divmod(step, accumulate)
+        size = min(accumulate, len(self.loader) - group * accumulate)  # an epoch's last group may be smaller
+        if place == 0:
+            updates = self.progress.epoch * self.updates_per_epoch + group
+            self.schedule.step_update(updates)
+            self._warm_up_eta(updates)
+            self.optimizer.zero_grad()
+        last = place == size - 1
+        targets = labels
+        if self.mixup:
+            images, targets = self.mixup(images, labels)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                loss = self.objective(self.pixel_model, images, targets)
+            self.accelerator.backward(loss / size)
+        self.losses[step] = loss.detach()  # read every so often: reading it here would stall a GPU at each step
+        if last:
+            self._update()
+        self.progress.step += 1
+
+    def _update(self) -> None:
+        config = self.config
+        if config.clip_grad or config.non_finite == 'skip':
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad or float('inf'))
+            # The same on all processes: gradients were averaged before. With fp16 the gradient scaler skips the step.
+            if config.non_finite == 'skip' and not torch.isfinite(norm) and self.accelerator.scaler is None:
+                return
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update(self.accelerator.unwrap_model(self.model))
+
+    def _warm_up_eta(self, updates: int) -> None:
+        length = self.config.schedule.eta_warmup_epochs * self.updates_per_epoch
+        if updates > length or not length:
+            return
+        share = updates / length
+        for layer, eta in self.etas:
+            layer.set_eta((share * eta[0], share * eta[1]) if isinstance(eta, tuple) else share * eta)
+
+    def _must_stop(self) -> bool:
+        """A signal came, here or, on several processes, to any of them: all must stop after the same step."""
+        if self.progress.step % self.config.accumulate and self.progress.step < len(self.loader):
+            return False  # gradients that are half accumulated would be lost
+        if self.accelerator.num_processes == 1:
+            return self.stop_asked
+        self.updates_to_look -= 1
+        if self.updates_to_look:
+            return False
+        now = time.perf_counter()
+        own = torch.tensor([float(self.stop_asked), now - self.looked], device=self.accelerator.device)
+        asked, seconds = self.accelerator.reduce(own, 'sum').tolist()
+        # Launchers kill after half a minute. From the sum of all clocks: every process must come to the same number.
+        per_update = max(seconds, 1e-9) / self.accelerator.num_processes / self.look_every
+        self.updates_to_look = self.look_every = max(1, min(LOOK_EVERY, int(LOOK_SECONDS / per_update)))
+        self.looked = now
+        return asked > 0
+
+    def _check_losses(self) -> None:
+        """Stop at a loss that is no number, before it can get into a checkpoint."""
+        done = self.losses[: self.progress.step]
+        if self.config.non_finite == 'skip' or torch.isfinite(done).all():
+            return
+        step = int((~torch.isfinite(done)).nonzero()[0])
+        checkpoint = newest_checkpoint(self.output)
+        raise FloatingPointError(
+            f'The loss became {done[step].item()} at step {step} of epoch {self.progress.epoch + 1}. '
+            f'Lower optimizer.lr ({self.optimizer.param_groups[0]["lr"]:g} now), or set non_finite to skip. '
+            f'The last good checkpoint: {checkpoint or "none yet"}.'
+        )
+
+    def _epoch_record(self) -> dict[str, Any]:
+        """Close the epoch: its line of metrics.jsonl."""
+        progress, world_size = self.progress, self.accelerator.num_processes
+        images = len(self.loader) * self.config.batch_size * world_size
+        losses = self._all_losses()
+        finite = torch.isfinite(losses)
+        record: dict[str, Any] = {
+            'epoch': progress.epoch + 1,
+            'step': self.forwards,
+            'lr': self.optimizer.param_groups[0]['lr'],
+            'train_loss': losses[finite].mean().item(),
+            'images_per_second': round(images / progress.seconds, 1),
+            'seconds': round(progress.seconds, 2),
+        }
+        if not finite.any():
+            raise FloatingPointError(
+                f'Every loss of epoch {record["epoch"]} was NaN or infinite: skipping such steps does not help. Lower '
+                f'optimizer.lr. The last good checkpoint: {newest_checkpoint(self.output) or "none yet"}.'
+            )
+        if self.config.non_finite == 'skip':
+            record['non_finite_losses'] = int((~finite).sum())
+        if isinstance(self.loader, TimmLoader):
+            broken = torch.tensor(self.loader.broken, device=self.accelerator.device)
+            record['broken_images'] = int(self.accelerator.reduce(broken, 'sum'))
+        if record['epoch'] == self.config.epochs or record['epoch'] % self.config.eval_epochs == 0:
+            record |= score(self.weights, self.val_loader, self.accelerator, prefix='val_')
+            if record['val_accuracy'] > progress.best:
+                progress.best = record['val_accuracy']
+                self._write_weights('best.safetensors')
+        progress.finish_epoch(record)
+        return record
+
+    def _report(self, record: dict[str, Any]) -> None:
+        numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=record['step'])
+        if not self.accelerator.is_main_process:
+            return
+        lines = ''.join(json.dumps(line) + '\n' for line in self.progress.metrics)
+        write_atomically(self.output / 'metrics.jsonl', lines)
+        line = f'epoch {record["epoch"]}/{self.config.epochs}  loss {record["train_loss"]:.3f}  '
+        if 'val_accuracy' in record:
+            line += f'val accuracy {record["val_accuracy"]:.4f}  logit std {record["val_logit_std"]:.1f}  '
+        tqdm.write(line + f'{record["images_per_second"]:.0f} images/s')
+
+    def _all_losses(self) -> Tensor:
+        """Of all processes in this epoch, (processes, forwards)."""
+        return self.accelerator.gather(self.losses[None]).cpu()
+
+    def _save(self) -> None:
+        if self.progress.step:  # within an epoch
+            self._check_losses()
+            self.progress.losses = self._all_losses()
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.accelerator, self.output, self.progress, self.ema, self.forwards, keep)
+
+    def finish(self) -> dict[str, Any]:
+        """Test, write the weights and result.json; returns the latter."""
+        test = score(self.weights, self.test_loader, self.accelerator, prefix='test_')
+        metrics = self.progress.metrics
+        names = ('train_loss', 'val_accuracy', 'val_correct', 'val_n', 'val_loss')
+        result = {
+            'model': self.config.model,
+            'data': data_label(self.config.data),
+            'seed': self.config.seed,
+            'metrics': {**{name: metrics[-1][name] for name in names}, **test},
+            'recipe': self.config.recipe(),
+            'seconds': round(sum(record['seconds'] for record in metrics), 1),
+            'environment': {**environment(self.accelerator.device), 'processes': self.accelerator.num_processes},
+        }
+        result['sha256'] = self._write_weights('model.safetensors')
+        if self.accelerator.is_main_process:
+            write_atomically(self.output / 'result.json', json.dumps(result, indent=2) + '\n')
+            accuracy = f'{test["test_accuracy"]:.4f} ({test["test_correct"]}/{test["test_n"]})'
+            tqdm.write(f'test accuracy {accuracy} -> {self.output}')
+        return result
+
+    def _write_weights(self, name: str) -> str:
+        """The plain net's state_dict as safetensors; returns the file's sha256, '' on all but the main process."""
+        # Of all processes: with FSDP each holds a part.
+        whole = self.ema.module.state_dict() if self.ema else self.accelerator.get_state_dict(self.model)
+        if not self.accelerator.is_main_process:
+            return ''
+        state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
+        path = self.output / name
+        temporary = path.with_suffix('.tmp')
+        try:
+            save_file(state_dict, temporary, metadata={'format': 'pt'})
+            temporary.rename(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            last = newest_checkpoint(self.output)
+            raise RuntimeError(
+                f'{path} could not be written: {describe(error, self.output)}. '
+                f'Make room, and go on with --resume from {last or "the start"}.'
+            ) from error
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def stop_signals(run: Run) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the run to stop after its step; a second one acts as usual."""
+
+    def ask(number: int, frame: Any) -> None:
+        run.stop_asked = True
+        signal.signal(number, before[number])
+
+    before: dict[Any, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, ask)
+    except ValueError:  # not the main thread, which alone may set handlers
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

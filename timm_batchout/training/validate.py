@@ -1,0 +1,86 @@
+"""Accuracy of a model on a split while it trains: per image, on all processes together, each image once."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from timm_batchout.data.memory import TensorLoader
+from timm_batchout.data.workers import TimmLoader
+from timm_batchout.pixels import PixelModel
+from timm_batchout.sites import activation_sites
+
+__all__ = ['score']
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, loader: TensorLoader | TimmLoader, accelerator: Accelerator, prefix: str = ''
+) -> dict[str, Any]:
+    """Accuracy and loss in float32, the spread of the logits, and the mean L2 norm in front of every activation.
+
+    Norms and logit spread are there because BatchOut's stop-gradient can let features run away, which makes
+    gradient-based attacks fail without making the net robust.
+
+    Args:
+        model: Not wrapped for distribution; every process has the same.
+        loader: This process's share of the images.
+        accelerator: Joins the shares.
+        prefix: Of the names in the result.
+
+    Returns:
+        ``{prefix}accuracy``, ``correct``, ``n``, ``loss``, ``logit_std`` and ``norms``, of all images.
+    """
+    pixel_model = PixelModel(model).to(accelerator.device)
+    sites = activation_sites(model)
+    norms = torch.zeros(len(sites), 2, device=accelerator.device, dtype=torch.float64)  # sum and count
+
+    def watch(row: Tensor):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            row.add_(torch.stack([args[0].float().flatten(1).norm(dim=1).sum(), row.new_tensor(len(args[0]))]))
+
+        return hook
+
+    handles = [site.register_forward_pre_hook(watch(row)) for site, row in zip(sites.values(), norms, strict=True)]
+    logits = torch.zeros(0, int(model.num_classes), device=accelerator.device)  # type: ignore[arg-type]
+    labels = torch.zeros(0, dtype=torch.int64, device=accelerator.device)
+    outputs = [(logits, labels)]  # some process may have no image
+    try:
+        for images, targets in loader:
+            outputs.append((pixel_model(images), targets))
+        for _ in range(_forwards(len(loader), accelerator) - len(loader)):
+            pixel_model(images[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    logits, labels = (_all(torch.cat(parts), accelerator) for parts in zip(*outputs, strict=True))
+    correct = int((logits.argmax(1) == labels).sum())
+    sums = dict(zip(sites, accelerator.reduce(norms, 'sum').tolist(), strict=True))
+    return {
+        f'{prefix}accuracy': correct / len(labels),
+        f'{prefix}correct': correct,
+        f'{prefix}n': len(labels),
+        f'{prefix}loss': F.cross_entropy(logits, labels).item(),
+        f'{prefix}logit_std': logits.std().item(),
+        f'{prefix}norms': {name: round(total / count, 2) for name, (total, count) in sums.items() if count},
+    }
+
+
+def _all(share: Tensor, accelerator: Accelerator) -> Tensor:
+    """The rows of all processes. Shares may differ in length."""
+    if accelerator.num_processes == 1:
+        return share
+    lengths = accelerator.gather(torch.tensor([len(share)], device=share.device)).tolist()
+    padded = torch.cat([share, share.new_zeros(max(lengths) - len(share), *share.shape[1:])])
+    parts = accelerator.gather(padded).split(max(lengths))
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def _forwards(own: int, accelerator: Accelerator) -> int:
+    """How many this process must take part in: with FSDP, in as many as any other."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return 0
+    return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())

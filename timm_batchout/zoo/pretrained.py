@@ -1,0 +1,200 @@
+"""Where trained weights come from: the files bundled with the package, or the Hugging Face Hub; both are checked.
+
+From the Hub: safetensors and nothing else, of one commit, with the sha256 that its config.json states.
+
+A repository that ``timm-batchout publish`` made states the sha256 of its weights at the root of config.json.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from timm.models import resolve_pretrained_cfg
+
+__all__ = [
+    'FOLDER',
+    'NAMESPACE',
+    'WEIGHTS',
+    'bundled_cards',
+    'check_weights',
+    'fetch',
+    'from_hub',
+    'read_weights_card',
+    'table',
+]
+
+NAMESPACE = os.environ.get('TIMM_BATCHOUT_HUB_NAMESPACE') or 'timm-batchout'
+WEIGHTS = 'model.safetensors'
+FOLDER = Path(__file__).parent / 'weights'  # of the bundled ones: NAME.safetensors, and the NAME.json of its training
+
+
+def from_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Where timm would read weights from the Hub, fetch them first and have it read that file instead.
+
+    Args:
+        variant: The architecture.
+        kwargs: Arguments of timm's ``build_model_with_cfg``.
+
+    Returns:
+        ``kwargs``, with a ``pretrained_cfg_overlay`` that names the file, or as they are if the weights are elsewhere.
+
+    Raises:
+        ValueError: See ``fetch``.
+    """
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    elsewhere = cfg.source == 'local-dir' or (cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file))
+    if elsewhere or not cfg.hf_hub_id:
+        return kwargs
+    # What else a config.json may say of where its weights are (another file name, custom code) is not followed.
+    file = fetch(cfg.hf_hub_id, kwargs.get('cache_dir'), '' if cfg.source == 'hf-hub' else _packaged(cfg.hf_hub_id))
+    source = {'file': str(file), 'source': None, 'hf_hub_filename': None, 'custom_load': False}
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **source}}
+
+
+def _packaged(hub_id: str) -> str:
+    """The sha256 that the package has of the weights of its own models; '' for other repositories and revisions."""
+    namespace, _, name = hub_id.partition('/')
+    return bundled_cards().get(name, {}).get('sha256', '') if namespace == NAMESPACE else ''
+
+
+def fetch(name: str, cache_dir: str | Path | None = None, packaged: str = '') -> Path:
+    """The weights of a repository, downloaded once and checked every time.
+
+    Args:
+        name: 'namespace/name', or 'namespace/name@revision'.
+        cache_dir: huggingface_hub's cache; None: its default.
+        packaged: The sha256 that the weights must have, whatever their config.json says; '' if it is not known.
+
+    Raises:
+        ValueError: The repository has no model.safetensors, or one that is not what its config.json or ``packaged``
+            says; a config.json that is damaged (it is deleted from the cache) or no JSON object.
+        ConnectionError: The Hub does not answer, and the cache does not have the weights.
+        huggingface_hub.errors.HfHubHTTPError: No such repository or revision, or no access to it.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    repo, _, revision = name.partition('@')
+    config = _download(repo, 'config.json', revision or None, cache_dir)
+    stated = _stated_sha256(name, config)
+    try:
+        weights = _download(repo, WEIGHTS, config.parent.name, cache_dir)  # the same commit, whoever pushes meanwhile
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError as error:
+        raise ValueError(f'{name} holds no {WEIGHTS}; other formats are not read: pickles can run code.') from error
+    actual = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for witness, expected in (('its config.json', stated), ('timm-batchout', packaged)):
+        if expected and actual != expected:
+            _delete(weights, config)  # else the cache would hand them out again; and either may be the damaged one
+            raise ValueError(
+                f'{WEIGHTS} of {name} has the sha256 {actual[:12]}..., {witness} says {expected[:12]}.... It and its '
+                'config.json were deleted from the cache. Try again; if it stays so, do not trust this repository.'
+            )
+    return weights
+
+
+def _stated_sha256(name: str, path: Path) -> str:
+    """What config.json says of the weights, in lower case; '' if it says nothing.
+
+    Raises:
+        ValueError: It is damaged, and then deleted from the cache, or not what a config can be.
+    """
+    content = path.read_bytes()
+    blob = path.resolve().name  # the cache calls a file by its etag, git's hash of what the Hub has
+    damaged = len(blob) == 40 and blob != hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
+    try:
+        config = json.loads(content)
+    except ValueError:
+        damaged = True
+    if damaged:
+        _delete(path)
+        raise ValueError(f'config.json of {name} was damaged. It was deleted from the cache: try again.')
+    if not isinstance(config, dict):
+        raise ValueError(f'config.json of {name} must be a JSON object, got {str(config)[:40]!r}: it is no model here.')
+    sha256 = config.get('sha256') or ''
+    if not isinstance(sha256, str):
+        raise ValueError(f'sha256 in config.json of {name} must be text, got {sha256!r}: publish the model again.')
+    return sha256.lower()
+
+
+def _delete(*paths: Path) -> None:
+    """Links and the blobs that they point to."""
+    for path in paths:
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def _download(repo: str, file: str, revision: str | None, cache_dir: str | Path | None) -> Path:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if not isinstance(try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision), str):
+        try:  # once: hf_hub_download would try a dead server for half a minute
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+        except HfHubHTTPError:
+            raise
+        except OfflineModeIsEnabled as error:
+            raise ConnectionError(f'{repo} is not in the cache, and huggingface_hub is set to be offline.') from error
+        except Exception as error:  # of whichever HTTP library this version of huggingface_hub uses
+            raise ConnectionError(f'The Hub does not answer, and {repo} is not in the cache: {error}') from error
+    return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
+
+
+def read_weights_card(name: str) -> dict[str, Any]:
+    """What timm's pretrained cfg takes from a bundled model's JSON: the weights file and a line of provenance.
+
+    Without the file (a slim installation) timm reads the weights from the Hub.
+    """
+    card_path = FOLDER / f'{name}.json'
+    if not card_path.is_file():
+        return {}
+    card = json.loads(card_path.read_text())
+    file = FOLDER / f'{name}.safetensors'
+    return dict(file=str(file) if file.is_file() else None, notes=(f'Trained on {card["data"]}.',))
+
+
+def check_weights(file: str | None) -> None:
+    """Raise unless ``file``, where it is one of the bundled weights files, is the one that its JSON describes.
+
+    Raises:
+        ValueError: An altered or missing weights file.
+    """
+    if file is None or Path(file).parent != FOLDER:
+        return
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f'{path.name} is missing. Reinstall timm-batchout.')
+    expected = json.loads(path.with_suffix('.json').read_text())['sha256']
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual != expected:
+        raise ValueError(
+            f'{path.name} is damaged: its sha256 is {actual[:12]}..., its JSON says {expected[:12]}.... '
+            'Reinstall timm-batchout.'
+        )
+
+
+def bundled_cards() -> dict[str, dict[str, Any]]:
+    """The JSON of every bundled model, by 'arch.tag'."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))}
+
+
+def table(cards: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of bundled models: clean test accuracy, and FGSM robust accuracy at every epsilon measured."""
+    lines = []
+    header: list[str] = []
+    # By data set; within it the plain nets first.
+    order = sorted(cards, key=lambda name: (cards[name]['data'], name.startswith('batchout_'), name))
+    for name in order:
+        card = cards[name]
+        epsilons = list(card['test']['fgsm'])
+        if epsilons != header:
+            header = epsilons
+            columns = [f'{card["data"]}, n = {card["test"]["n"]}', 'clean', *(f'FGSM {epsilon}' for epsilon in header)]
+            lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
+        scores = [card['test']['clean'], *card['test']['fgsm'].values()]
+        percents = ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores)
+        lines.append(f'| `{name}` | {percents} |')
+    return '\n'.join(lines).strip()

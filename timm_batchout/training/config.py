@@ -14,6 +14,7 @@ __all__ = [
     'CheckpointConfig',
     'ObjectiveConfig',
     'OptimizerConfig',
+    'RobustValConfig',
     'ScheduleConfig',
     'TrainConfig',
     'read_recipe',
@@ -66,14 +67,57 @@ class ObjectiveConfig:
 
     Args:
         name: 'plain': cross-entropy. 'fgsm': adversarial training as in the paper (section 6.2): the first half of
-            each mini-batch is replaced by its FGSM images of the current net.
-        epsilon: FGSM's L-infinity radius, in [0, 1] pixels.
+            each mini-batch is replaced by its FGSM images of the current net. 'pgd': all of it is replaced by PGD
+            images (Madry et al., 2018). 'fgsm_rs': by images of one step from a random start (Wong et al., 2020).
+            'n_fgsm': by images of one step from stronger noise (de Jorge et al., 2022). 'trades': cross-entropy of the
+            clean images plus ``beta`` times the divergence of the adversarial predictions (Zhang et al., 2019).
+        epsilon: Radius of the adversarial images, in [0, 1] pixels.
+        norm: Of the radius; 'L2' for 'pgd' and 'trades' only.
+        steps: Gradient steps of 'pgd' and 'trades'.
+        step_size: In [0, 1] pixels; 0: 2.5 * epsilon / steps ('fgsm_rs': 1.25 * epsilon, 'n_fgsm': epsilon).
+        epsilon_warmup: Share of all training steps over which epsilon grows linearly from 0.
+        beta: Weight of the divergence in 'trades'.
+        attack_mode: 'eval' or 'train': mode of the net while it is attacked.
+        attack_batchout: With attack_mode 'train': leave BatchOut on in the attack.
+        batchout: Which pass of 'trades' BatchOut augments: 'both', 'clean' or 'adversarial'.
         label_smoothing: Of the training loss, in [0, 1).
     """
 
-    name: Literal['plain', 'fgsm'] = 'plain'
+    name: Literal['plain', 'fgsm', 'fgsm_rs', 'n_fgsm', 'pgd', 'trades'] = 'plain'
     epsilon: float = 0.0
+    norm: Literal['Linf', 'L2'] = 'Linf'
+    steps: int = 10
+    step_size: float = 0.0
+    epsilon_warmup: float = 0.0
+    beta: float = 6.0
+    attack_mode: Literal['eval', 'train'] = 'eval'
+    attack_batchout: bool = False
+    batchout: Literal['both', 'clean', 'adversarial'] = 'both'
     label_smoothing: float = 0.0
+
+    @property
+    def relative_step(self) -> float:
+        """Step size as a share of epsilon."""
+        if self.step_size:
+            return self.step_size / self.epsilon
+        return {'fgsm_rs': 1.25, 'n_fgsm': 1.0}.get(self.name, 2.5 / self.steps)
+
+
+@dataclass
+class RobustValConfig:
+    """Robust validation accuracy of adversarial trainings: PGD on a fixed part of the held-out images.
+
+    Args:
+        images: How many of the held-out images, the first ones; 0: none, and the best weights follow clean accuracy.
+        steps: Of PGD.
+        epsilon: Radius in [0, 1] pixels; 0: that of the objective.
+        patience: Stop after this many epochs without a higher robust accuracy; 0: train all epochs.
+    """
+
+    images: int = 500
+    steps: int = 10
+    epsilon: float = 0.0
+    patience: int = 0
 
 
 @dataclass
@@ -124,6 +168,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    robust_val: RobustValConfig = field(default_factory=RobustValConfig)
     epochs: int = 10
     batch_size: int = 128
     accumulate: int = 1
@@ -187,9 +232,10 @@ class TrainConfig:
                 'schedule.decay_epochs and decay_rate must be positive, got '
                 f'{self.schedule.decay_epochs} and {self.schedule.decay_rate}.'
             )
-        if self.objective.name == 'fgsm' and not 0 < self.objective.epsilon <= 1:
+        if self.objective.name != 'plain' and not 0 < self.objective.epsilon <= 1:
             raise ValueError(
-                f'objective.epsilon is in [0, 1] pixels and must be positive for fgsm, got {self.objective.epsilon}.'
+                f'objective.epsilon is in [0, 1] pixels and must be positive for {self.objective.name}, '
+                f'got {self.objective.epsilon}.'
             )
 
     def _validate_augment(self) -> None:

@@ -1,38 +1,213 @@
-"""A batch becomes a loss."""
+"""A batch becomes a loss: cross-entropy, and the adversarial trainings.
 
-from collections.abc import Callable
+An adversarial objective attacks the net as it is at this instant, then trains on what came out. The attack asks for
+gradients of the images alone and leaves the batch-norm statistics as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_batchout.layer import BatchOut
 from timm_batchout.pixels import fgsm
 from timm_batchout.training.config import ObjectiveConfig
 
-__all__ = ['make_objective']
+__all__ = ['Objective', 'make_objective', 'perturb']
 
-Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
-
-def make_objective(config: ObjectiveConfig) -> Objective:
-    """``objective(model, images, labels) -> mean loss`` of a mini-batch, to call backward on."""
-    smoothing = config.label_smoothing
-    if config.name == 'plain':
-        return lambda model, images, labels: plain(model, images, labels, smoothing)
-    return lambda model, images, labels: fgsm_training(model, images, labels, config.epsilon, smoothing)
+Loss = Callable[[Tensor], Tensor]  # images to a sum over images
 
 
 def plain(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy of a mini-batch; labels are class numbers (B,) or probabilities (B, classes)."""
     return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
 
 
-def fgsm_training(
-    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, label_smoothing: float = 0.0
+def perturb(
+    loss: Loss, images: Tensor, epsilon: float, step_size: float, steps: int, norm: str = 'Linf', start: str = 'uniform'
 ) -> Tensor:
-    """Half of the mini-batch is replaced by its FGSM images of the net at this instant (paper, section 6.2)."""
-    half = len(images) // 2
-    # In eval mode: the net that an attacker would see, without dropout or BatchOut.
-    model.eval()
-    adversarial = fgsm(model, images[:half], labels[:half], epsilon)
-    model.train()
-    return plain(model, torch.cat([adversarial, images[half:]]), labels, label_smoothing)
+    """Projected gradient ascent on a loss (Madry et al., 2018).
+
+    Args:
+        loss: Images to the sum of their losses.
+        images: (B, C, H, W), floating, in [0, 1].
+        epsilon: Radius in [0, 1] pixels; 0 returns the images.
+        step_size: In the same unit.
+        steps: Gradient steps.
+        norm: 'Linf' or 'L2'.
+        start: 'uniform' in the ball, or 'near': the images plus Gaussian noise of standard deviation 0.001 (TRADES).
+
+    Returns:
+        Images within ``epsilon`` of the given ones and within [0, 1]; detached, same shape and dtype.
+    """
+    if epsilon == 0:
+        return images.detach()
+    images = images.detach()
+    delta = 1e-3 * torch.randn_like(images) if start == 'near' else _uniform(images, epsilon, norm)
+    x = (images + delta).clamp_(0, 1)
+    for _ in range(steps):
+        gradient = _gradient(loss, x)
+        direction = gradient.sign() if norm == 'Linf' else gradient / _length(gradient)
+        x = (images + _project(x + step_size * direction - images, epsilon, norm)).clamp_(0, 1)
+    return x
+
+
+def n_fgsm(loss: Loss, images: Tensor, epsilon: float, step_size: float) -> Tensor:
+    """Noise, then one step, without projection (N-FGSM, de Jorge et al., 2022).
+
+    It guards single-step training against catastrophic overfitting. The noise is uniform in twice the radius, so that images may end up to ``2 * epsilon + step_size`` away.
+    """
+    images = images.detach()
+    x = (images + _uniform(images, 2 * epsilon, 'Linf')).clamp_(0, 1)
+    return (x + step_size * _gradient(loss, x).sign()).clamp_(0, 1)
+
+
+def _gradient(loss: Loss, images: Tensor) -> Tensor:
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        return torch.autograd.grad(loss(images), images)[0]
+
+
+def _uniform(images: Tensor, epsilon: float, norm: str) -> Tensor:
+    if norm == 'Linf':
+        return torch.empty_like(images).uniform_(-epsilon, epsilon)
+    noise = torch.randn_like(images)
+    share = torch.rand(len(images), 1, 1, 1, device=images.device, dtype=images.dtype)
+    return epsilon * share ** (1 / images[0].numel()) * noise / _length(noise)
+
+
+def _project(delta: Tensor, epsilon: float, norm: str) -> Tensor:
+    return delta.clamp_(-epsilon, epsilon) if norm == 'Linf' else delta * (epsilon / _length(delta)).clamp(max=1)
+
+
+def _length(x: Tensor) -> Tensor:
+    """L2 norm of each image, (B, 1, 1, 1); never 0."""
+    return x.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode normalise by the batch but do not add it to their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The whole net in one mode; afterwards every layer has its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Objective:
+    """``objective(model, images, labels)`` is the mean loss of a mini-batch, to call backward on.
+
+    Args:
+        config: Which objective.
+        layers: BatchOut's in the model, to be switched on and off.
+
+    Attributes:
+        epsilon: The radius of training now, in [0, 1] pixels; ``warm_up`` sets it.
+    """
+
+    def __init__(self, config: ObjectiveConfig, layers: Sequence[BatchOut] = ()):
+        self.config, self.layers = config, layers
+        self.epsilon = config.epsilon
+
+    def warm_up(self, share: float) -> None:
+        """Set the radius for when this share of all training steps is done."""
+        length = self.config.epsilon_warmup
+        self.epsilon = self.config.epsilon * (min(1.0, share / length) if length else 1.0)
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        config, smoothing = self.config, self.config.label_smoothing
+        if config.name == 'plain':
+            return plain(model, images, labels, smoothing)
+        if config.name == 'fgsm':  # the paper's: one mini-batch, half of it adversarial
+            half = len(images) // 2
+            with self._attacking(model):
+                adversarial = fgsm(model, images[:half], labels[:half], self.epsilon)
+            return plain(model, torch.cat([adversarial, images[half:]]), labels, smoothing)
+        adversarial = self.attack(model, images, labels)
+        if config.name != 'trades':
+            return plain(model, adversarial, labels, smoothing)
+        with self._batchout(config.batchout in ('both', 'clean')):
+            clean = model(images)
+        with self._batchout(config.batchout in ('both', 'adversarial')):
+            attacked = model(adversarial)
+        return F.cross_entropy(clean, labels, label_smoothing=smoothing) + config.beta * _kl(attacked, clean) / len(
+            clean
+        )
+
+    def attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """The adversarial images of this mini-batch, detached."""
+        config, epsilon = self.config, self.epsilon
+        step_size = epsilon * config.relative_step
+
+        def cross_entropy(x: Tensor) -> Tensor:
+            return F.cross_entropy(model(x), labels, reduction='sum')
+
+        with self._attacking(model):
+            if config.name == 'n_fgsm':
+                return n_fgsm(cross_entropy, images, epsilon, step_size)
+            if config.name != 'trades':
+                steps = 1 if config.name == 'fgsm_rs' else config.steps
+                return perturb(cross_entropy, images, epsilon, step_size, steps, config.norm)
+            with torch.no_grad():
+                clean = model(images)
+            return perturb(
+                lambda x: _kl(model(x), clean), images, epsilon, step_size, config.steps, config.norm, 'near'
+            )
+
+    @contextmanager
+    def _attacking(self, model: nn.Module) -> Iterator[None]:
+        training = self.config.attack_mode == 'train'
+        with _mode(model, training), statistics_kept(model), self._batchout(training and self.config.attack_batchout):
+            yield
+
+    @contextmanager
+    def _batchout(self, on: bool) -> Iterator[None]:
+        before = [layer.active for layer in self.layers]
+        for layer, active in zip(self.layers, before, strict=True):
+            layer.active = active and on
+        try:
+            yield
+        finally:
+            for layer, active in zip(self.layers, before, strict=True):
+                layer.active = active
+
+
+def _kl(attacked: Tensor, clean: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from the clean to the attacked predictions, summed over images (TRADES, Eq. 5)."""
+    return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction='sum', log_target=True)
+
+
+def make_objective(config: ObjectiveConfig, layers: Sequence[BatchOut] = ()) -> Objective:
+    return Objective(config, layers)
+
+
+def robust_correct(
+    model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = 'Linf', steps: int = 10
+) -> Tensor:
+    """(B,) bool: classified right, also after PGD on the cross-entropy with ``steps`` steps; in the model's mode."""
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), labels, reduction='sum')
+
+    attacked = perturb(loss, images, epsilon, 2.5 * epsilon / steps, steps, norm)
+    with torch.no_grad():
+        return (model(images).argmax(1) == labels) & (model(attacked).argmax(1) == labels)

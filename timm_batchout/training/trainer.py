@@ -24,11 +24,11 @@ from tqdm import tqdm
 from timm_batchout.data.memory import Split, TensorLoader, data_label
 from timm_batchout.data.workers import TimmLoader, TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
-from timm_batchout.pixels import PixelModel
+from timm_batchout.pixels import PixelModel, seeded
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.training.checkpoints import Progress, describe, newest_checkpoint, save_checkpoint
 from timm_batchout.training.config import TrainConfig
-from timm_batchout.training.objectives import make_objective
+from timm_batchout.training.objectives import make_objective, robust_correct
 from timm_batchout.training.validate import score
 
 __all__ = ['RECIPE', 'Interrupted', 'Run', 'stop_signals']
@@ -55,7 +55,7 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self.output = Path(config.output)
-        self.objective = make_objective(config.objective)
+        self.objective = make_objective(config.objective, list(batchout_sites(model).values()))
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.cfg = input_cfg(model, config.data)
@@ -178,6 +178,7 @@ class Run:
             updates = self.progress.epoch * self.updates_per_epoch + group
             self.schedule.step_update(updates)
             self._warm_up_eta(updates)
+            self.objective.warm_up(updates / (self.config.epochs * self.updates_per_epoch))
             self.optimizer.zero_grad()
         last = place == size - 1
         targets = labels
@@ -268,11 +269,33 @@ class Run:
             record['broken_images'] = int(self.accelerator.reduce(broken, 'sum'))
         if record['epoch'] == self.config.epochs or record['epoch'] % self.config.eval_epochs == 0:
             record |= score(self.weights, self.val_loader, self.accelerator, prefix='val_')
-            if record['val_accuracy'] > progress.best:
-                progress.best = record['val_accuracy']
+            record |= self._robust_validation()
+            accuracy = record.get('val_robust_accuracy', record['val_accuracy'])
+            if accuracy > progress.best:
+                progress.best = accuracy
                 self._write_weights('best.safetensors')
         progress.finish_epoch(record)
         return record
+
+    def _robust_validation(self) -> dict[str, Any]:
+        """PGD on the first held-out images, where the objective is an adversarial one."""
+        config, objective = self.config.robust_val, self.config.objective
+        if objective.name == 'plain' or not config.images:
+            return {}
+        model = PixelModel(self.weights, self.cfg).to(self.accelerator.device)
+        counts = torch.zeros(2, device=self.accelerator.device)
+        left = -(-config.images // self.accelerator.num_processes)
+        with seeded(self.config.seed):
+            for images, labels in self.val_loader:
+                images, labels = images[:left], labels[:left]
+                left -= len(labels)
+                if len(labels):
+                    right = robust_correct(
+                        model, images, labels, config.epsilon or objective.epsilon, objective.norm, config.steps
+                    )
+                    counts += counts.new_tensor([int(right.sum()), len(labels)])
+        correct, n = self.accelerator.reduce(counts, 'sum').tolist()
+        return {'val_robust_accuracy': correct / n, 'val_robust_correct': int(correct), 'val_robust_n': int(n)}
 
     def _report(self, record: dict[str, Any]) -> None:
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
@@ -283,7 +306,10 @@ class Run:
         write_atomically(self.output / 'metrics.jsonl', lines)
         line = f'epoch {record["epoch"]}/{self.config.epochs}  loss {record["train_loss"]:.3f}  '
         if 'val_accuracy' in record:
-            line += f'val accuracy {record["val_accuracy"]:.4f}  logit std {record["val_logit_std"]:.1f}  '
+            line += f'val accuracy {record["val_accuracy"]:.4f}  '
+            if 'val_robust_accuracy' in record:
+                line += f'robust {record["val_robust_accuracy"]:.4f}  '
+            line += f'logit std {record["val_logit_std"]:.1f}  '
         tqdm.write(line + f'{record["images_per_second"]:.0f} images/s')
 
     def _all_losses(self) -> Tensor:

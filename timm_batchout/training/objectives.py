@@ -58,7 +58,8 @@ def perturb(
 def n_fgsm(loss: Loss, images: Tensor, epsilon: float, step_size: float) -> Tensor:
     """Noise, then one step, without projection (N-FGSM, de Jorge et al., 2022).
 
-    It guards single-step training against catastrophic overfitting. The noise is uniform in twice the radius, so that images may end up to ``2 * epsilon + step_size`` away.
+    It guards single-step training against catastrophic overfitting. The noise is uniform in twice the radius, so that
+    images may end up to ``2 * epsilon + step_size`` away.
     """
     images = images.detach()
     x = (images + _uniform(images, 2 * epsilon, 'Linf')).clamp_(0, 1)

@@ -1,5 +1,6 @@
 """One wrapper for all that feeds images to a model: [0, 1] pixels in, logits out."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['PixelModel', 'fgsm', 'frozen', 'gradient_sign', 'modes_kept', 'parse_epsilon', 'seeded']
+__all__ = ['PixelModel', 'fgsm', 'format_radius', 'frozen', 'gradient_sign', 'modes_kept', 'parse_epsilon', 'seeded']
 
 
 class PixelModel(nn.Module):
@@ -75,6 +76,14 @@ def parse_epsilon(epsilon: str | float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f'epsilon is in [0, 1] pixels, got {epsilon!r}. Divide 8-bit values by 255.')
     return value
+
+
+def format_radius(radius: float) -> str:
+    """A radius in [0, 1] pixels as people write it: '0.3', or '8/255' where that is exact and two decimals are not."""
+    if math.isclose(radius, round(radius, 2), abs_tol=1e-9):
+        return f'{radius:.2f}'.rstrip('0').rstrip('.')
+    levels = radius * 255
+    return f'{round(levels)}/255' if math.isclose(levels, round(levels), abs_tol=1e-6) else f'{radius:.6g}'
 
 
 @contextmanager

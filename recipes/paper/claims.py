@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from draw import Values, by_label, curve
+from draw import Values, by_label, curve, described
 
 from timm_batchout.robustness import Report, comparison
-from timm_batchout.robustness.report import title
+from timm_batchout.robustness.tables import attack_title
 
 __all__ = ['over_seeds', 'results']
 
@@ -75,7 +75,7 @@ def over_seeds(figures: dict[str, Figure]) -> dict[str, Any]:
                 'data': nets[0]['data'],
                 'seeds': [net['seed'] for net in nets],
                 'accuracy': {
-                    title(same[0]['attack'], same[0]['variant']): _mean_and_deviation(
+                    ' '.join(filter(None, [attack_title(same[0]['attack']), described(same[0])])): _mean_and_deviation(
                         [100 * score['accuracy'] for score in same]
                     )
                     for same in columns

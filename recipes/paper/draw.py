@@ -5,10 +5,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-__all__ = ['by_label', 'curve', 'draw']
+from timm_batchout.robustness.report import Variant
+from timm_batchout.robustness.tables import describe
+
+__all__ = ['by_label', 'curve', 'described', 'draw']
 
 Values = dict[str, list[float]]  # label of a net -> one value per seed
 Panel = Callable[[Any, dict[str, Any]], None]
+
+
+def described(score: dict[str, Any]) -> str:
+    """What tells the scores of an attack apart, from a score's fields: '0.3', '2 iterations'."""
+    return describe(Variant(**{name: score[name] for name in Variant._fields}))
 
 
 def by_label(figure: dict[str, Any], attack: str, variant: str = '') -> Values:
@@ -16,14 +24,14 @@ def by_label(figure: dict[str, Any], attack: str, variant: str = '') -> Values:
     values: Values = {}
     for net in figure['nets']:
         for score in net['report']['scores']:
-            if (score['attack'], score['variant']) == (attack, variant):
+            if (score['attack'], described(score)) == (attack, variant):
                 values.setdefault(net['label'], []).append(100 * score['accuracy'])
     return values
 
 
 def curve(figure: dict[str, Any], attack: str) -> dict[str, Values]:
     """The variants of an attack (radii, iterations), in the order in which they were measured."""
-    names = [score['variant'] for score in figure['nets'][0]['report']['scores'] if score['attack'] == attack]
+    names = [described(score) for score in figure['nets'][0]['report']['scores'] if score['attack'] == attack]
     return {name: by_label(figure, attack, name) for name in names}
 
 
@@ -65,7 +73,7 @@ def _over_iterations(attack: str, name: str) -> Panel:
     def panel(ax: Any, figure: dict[str, Any]) -> None:
         attacked = curve(figure, attack)
         for label in by_label(figure, 'clean'):
-            _band(ax, [name.split()[0] for name in attacked], [values[label] for values in attacked.values()], label)
+            _band(ax, range(1, len(attacked) + 1), [values[label] for values in attacked.values()], label)
         ax.set(xlabel=f'{name}, iterations', ylabel='accuracy, %', ylim=(0, 100))
 
     return panel

@@ -17,6 +17,7 @@ from timm_batchout.data.memory import data_label, load_split
 from timm_batchout.robustness import Report, comparison, evaluate
 from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.robustness.plots import draw_curves
+from timm_batchout.robustness.tables import table
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.zoo import pretrained as weights
 from timm_batchout.zoo.timm_twins import check_model_name
@@ -185,7 +186,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
         progress=sys.stderr.isatty(),
     )
     if state.is_main_process:
-        print(report.table())
+        print(table(report))
         if chunks:
             report.save(config.output)
             shutil.rmtree(chunks, ignore_errors=True)

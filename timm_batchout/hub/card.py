@@ -9,9 +9,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from timm_batchout.pixels import format_radius
 from timm_batchout.robustness import Report, comparison
 from timm_batchout.robustness.attacks import ATTACKS
-from timm_batchout.robustness.report import Score, title
+from timm_batchout.robustness.report import Score
+from timm_batchout.robustness.tables import describe, title
 
 __all__ = ['Entry', 'make_card', 'summary']
 
@@ -123,7 +125,7 @@ def eval_results(report: Report) -> list[EvalResult]:
     for score in report.scores:
         if not _headline(score):
             continue
-        name = title(*score.key)
+        name = title(score)
         value, metric = 100 * score.accuracy, 'accuracy'
         shared: dict[str, Any] = dict(
             task_type='image-classification',
@@ -136,9 +138,11 @@ def eval_results(report: Report) -> list[EvalResult]:
             **settings,
             'n': score.n,
             'norm': score.norm or None,
-            'eps': score.variant if score.radius is not None else None,  # of the settings' list, the one of this score
+            'eps': None
+            if score.radius is None
+            else format_radius(score.radius),  # of the settings' list, the one of this score
         }
-        config = 'clean' if score.attack == 'clean' else f'{score.norm}-{score.variant}'.strip('-')
+        config = 'clean' if score.attack == 'clean' else f'{score.norm}-{describe(score.variant)}'.strip('-')
         label = f'{name} (masked: overstated)' if score.masked else name
         results.append(
             EvalResult(
@@ -166,9 +170,9 @@ def eval_results(report: Report) -> list[EvalResult]:
 
 def _headline(score: Score) -> bool:
     if score.attack.startswith('deepfool'):
-        return score.variant == '5 iterations'
+        return score.iteration == 5
     return score.attack == 'clean' or (
-        score.attack in ('fgsm', 'pgd', 'autoattack', 'autoattack_l2') and score.radius is not None
+        score.attack in ('fgsm', 'pgd', 'autoattack', 'autoattack_l2') and not score.stage
     )
 
 
@@ -179,7 +183,7 @@ def summary(report: Report) -> str:
         score
         for attack in ('autoattack', 'pgd', 'fgsm')
         for score in report.scores
-        if score.attack == attack and score.radius is not None
+        if score.attack == attack and not score.stage
     ]
     verdict = 'not checked.'
     if report.audit:
@@ -187,7 +191,7 @@ def summary(report: Report) -> str:
     if not strongest:
         return f'Accuracy: {clean}. Not attacked. Gradient masking: {verdict}'
     first = [score for score in strongest if score.attack == strongest[0].attack]
-    shown = ', '.join(f'{100 * score.accuracy:.1f}% under {title(*score.key)}' for score in first[-2:])
+    shown = ', '.join(f'{100 * score.accuracy:.1f}% under {title(score)}' for score in first[-2:])
     return f'Accuracy: {shown} (n = {first[0].n}); {clean}. Gradient masking: {verdict}'
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness import Report
-from timm_batchout.robustness.report import Score, cell, title
+from timm_batchout.robustness.report import Score, Variant
+from timm_batchout.robustness.tables import attack_title, cell, describe
 
 __all__ = ['write_gallery']
 
+Key = tuple[str, Variant]
 CONTROLS = ('noise', 'corruptions', 'transfer')  # no attacks on the model itself: they stand in the cards
 FIRST = ('clean', 'autoattack', 'autoattack_l2', 'pgd', 'pgd_l2', 'ddn')
 
@@ -29,23 +31,23 @@ def write_gallery(cards: Path) -> None:
 Tables = list[tuple[str, list[tuple[str, Report]]]]
 
 
-def _columns(reports: list[Report]) -> list[tuple[str, str]]:
+def _columns(reports: list[Report]) -> list[Key]:
     """Clean first, then the strongest attacks; without the stages and iterations in between, and without controls."""
-    keys: dict[tuple[str, str], None] = {}
+    keys: dict[Key, None] = {}
     for score in (score for report in reports for score in report.scores):
-        last = score.attack.startswith('deepfool') and score.variant == '5 iterations'
-        if score.attack not in CONTROLS and (score.attack == 'clean' or score.radius is not None or last):
+        last = score.attack.startswith('deepfool') and score.iteration == 5
+        if score.attack not in CONTROLS and not score.stage and (score.iteration is None or last):
             keys[score.key] = None
     return sorted(keys, key=lambda key: FIRST.index(key[0]) if key[0] in FIRST else len(FIRST))
 
 
-def _head(reports: list[Report], key: tuple[str, str]) -> list[str]:
+def _head(reports: list[Report], key: Key) -> list[str]:
     """The lines of a column's head: attack, variant, images."""
     counts = sorted({scores[key].n for scores in map(_scores, reports) if key in scores})
-    return [title(key[0], ''), *filter(None, [key[1]]), f'n = {" or ".join(map(str, counts))}']
+    return [attack_title(key[0]), *filter(None, [describe(key[1])]), f'n = {" or ".join(map(str, counts))}']
 
 
-def _scores(report: Report) -> dict[tuple[str, str], Score]:
+def _scores(report: Report) -> dict[Key, Score]:
     return {score.key: score for score in report.scores}
 
 
@@ -73,7 +75,7 @@ def _markdown(tables: Tables) -> str:
     return '\n'.join(lines)
 
 
-def _best(reports: list[Report], key: tuple[str, str]) -> float:
+def _best(reports: list[Report], key: Key) -> float:
     scores = [_scores(report).get(key) for report in reports]
     return max((score.accuracy for score in scores if score and not score.masked), default=0)
 
@@ -109,7 +111,7 @@ def _page(tables: Tables, cards: Path) -> str:
     return PAGE.replace('{sections}', ''.join(sections))
 
 
-def _row(repo: str, report: Report, keys: list[tuple[str, str]]) -> str:
+def _row(repo: str, report: Report, keys: list[Key]) -> str:
     scores = _scores(report)
     name = html.escape(repo.split('/')[1])
     cells = [f'<td><a href="#{name}">{name}</a></td>']

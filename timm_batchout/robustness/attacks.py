@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from timm_batchout.pixels import PixelModel, frozen, gradient_sign, seeded
 from timm_batchout.robustness.deepfool import deepfool
+from timm_batchout.robustness.report import Variant
 
 __all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available']
 
@@ -27,11 +28,11 @@ class Outcome:
             where nothing was found. Attacks that minimise it only.
     """
 
-    right: dict[str, Tensor] = field(default_factory=dict)
-    distance: dict[str, Tensor] = field(default_factory=dict)
+    right: dict[Variant, Tensor] = field(default_factory=dict)
+    distance: dict[Variant, Tensor] = field(default_factory=dict)
 
 
-Radii = dict[str, float]
+Radii = Sequence[float]
 Run = Callable[..., Outcome]
 
 
@@ -79,8 +80,8 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 def _fgsm(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
     before = _right(model, images, labels)
     sign = gradient_sign(model, images, labels)  # one gradient serves all radii
-    attacked = {name: (images + radius * sign).clamp(0, 1) for name, radius in radii.items()}
-    return Outcome({name: before & _right(model, x, labels) for name, x in attacked.items()})
+    attacked = {Variant(radius): (images + radius * sign).clamp(0, 1) for radius in radii}
+    return Outcome({variant: before & _right(model, x, labels) for variant, x in attacked.items()})
 
 
 def _foolbox(name: str) -> Run:
@@ -91,10 +92,10 @@ def _foolbox(name: str) -> Run:
         target = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
         before = _right(model, images, labels)
         outcome = Outcome()
-        for key, radius in radii.items():
+        for radius in radii:
             with seeded(seed):
                 _, attacked, _ = attack(target, images, labels, epsilons=radius)
-            outcome.right[key] = before & _right(model, attacked, labels)
+            outcome.right[Variant(radius)] = before & _right(model, attacked, labels)
         return outcome
 
     return run
@@ -109,10 +110,10 @@ def _transfer(
     target = foolbox.PyTorchModel(source, bounds=(0, 1), device=images.device)
     before = _right(model, images, labels)
     outcome = Outcome()
-    for key, radius in radii.items():
+    for radius in radii:
         with seeded(seed), frozen(source):
             _, attacked, _ = foolbox.attacks.LinfPGD(**settings)(target, images, labels, epsilons=radius)
-        outcome.right[key] = before & _right(model, attacked, labels)
+        outcome.right[Variant(radius)] = before & _right(model, attacked, labels)
     return outcome
 
 
@@ -124,8 +125,8 @@ def _deepfool(clip: bool) -> Run:
         found = deepfool(model, images, labels, iterations, overshoot, clip=clip)
         outcome = Outcome()
         for i, (right, distance) in enumerate(zip(found.right, found.distance, strict=True), 1):
-            outcome.right[f'{i} iterations'] = before & right
-            outcome.distance[f'{i} iterations'] = torch.where(right, torch.inf, distance).where(before, 0.0)
+            outcome.right[Variant(iteration=i)] = before & right
+            outcome.distance[Variant(iteration=i)] = torch.where(right, torch.inf, distance).where(before, 0.0)
         return outcome
 
     return run
@@ -141,9 +142,9 @@ def _ddn(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: 
     fooled = ~_right(model, attacked, labels)
     norm = (attacked - images).flatten(1).norm(dim=1)
     distance = torch.where(fooled, norm, torch.inf).where(before, 0.0)
-    outcome = Outcome({key: before & (distance > radius) for key, radius in radii.items()})
-    outcome.right['any distance'] = before & ~fooled
-    outcome.distance['any distance'] = distance
+    outcome = Outcome({Variant(radius): before & (distance > radius) for radius in radii})
+    outcome.right[Variant()] = before & ~fooled
+    outcome.distance[Variant()] = distance
     return outcome
 
 
@@ -159,7 +160,7 @@ def _autoattack(norm: str) -> Run:
         with torch.no_grad():
             classes = model(images[:1]).shape[1]
         outcome = Outcome()
-        for key, radius in radii.items():
+        for radius in radii:
             right = before.clone()
             for stage in stages:
                 if stage == 'apgd-t' and classes < 4:
@@ -173,8 +174,8 @@ def _autoattack(norm: str) -> Run:
                         attack.apgd_targeted.n_target_classes = min(9, classes - 1)
                         attacked, _ = attack.run_standard_evaluation(images[left], labels[left], batch_size=len(left))
                     right[left] = _right(model, attacked, labels[left])
-                outcome.right[f'{key} after {stage}'] = right.clone()
-            outcome.right[key] = right
+                outcome.right[Variant(radius, stage=stage)] = right.clone()
+            outcome.right[Variant(radius)] = right
         return outcome
 
     return run
@@ -186,7 +187,7 @@ def _noise(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     return Outcome(
-        {name: before & _right(model, (images + radius * noise).clamp(0, 1), labels) for name, radius in radii.items()}
+        {Variant(radius): before & _right(model, (images + radius * noise).clamp(0, 1), labels) for radius in radii}
     )
 
 
@@ -205,7 +206,9 @@ def _corruptions(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii
         eight_bits = (images * 255).round().to(torch.uint8).cpu()
         changed['JPEG quality 25'] = torch.stack([tv.jpeg(image, 25) for image in eight_bits]).to(images) / 255
     before = _right(model, images, labels)
-    return Outcome({name: before & _right(model, x.clamp(0, 1), labels) for name, x in changed.items()})
+    return Outcome(
+        {Variant(corruption=name): before & _right(model, x.clamp(0, 1), labels) for name, x in changed.items()}
+    )
 
 
 PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}

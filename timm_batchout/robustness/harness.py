@@ -18,7 +18,7 @@ from timm_batchout.pixels import PixelModel, frozen, modes_kept, parse_epsilon, 
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available
 from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
-from timm_batchout.robustness.report import Report, Score
+from timm_batchout.robustness.report import Report, Score, Variant
 
 __all__ = ['evaluate', 'filled_in', 'weights_sha256']
 
@@ -26,7 +26,8 @@ AUDIT_IMAGES = 200
 OF_EVERY_ATTACK = ('n', 'eps')  # settings
 REMEDY = 'look for broken weights, or for a precision that is too low for them.'
 
-Plan = tuple[int, dict[str, float]]  # how many images an attack is run on, and its radii
+Chunk = list[dict[str, Any]]  # a record for each variant
+Plan = tuple[int, list[float]]  # how many images an attack is run on, and its radii
 
 
 def evaluate(
@@ -102,7 +103,7 @@ def evaluate(
         check_input(pixel_model, images, labels)
         total = len(images)
         images, labels = _draw(images, labels.long(), n, seed)
-        plans: dict[str, Plan] = {'clean': (len(images), {})}
+        plans: dict[str, Plan] = {'clean': (len(images), [])}
         plans |= {attack: _plan(attack, options[attack], radii, len(images)) for attack in attacks}
         sha256 = weights_sha256(model)
         stated = {name: dict(options[name]) for name in attacks}
@@ -119,7 +120,7 @@ def evaluate(
         key = [sha256, _hash_tensors(images, labels), preprocessing, stated, plans, batch_size, seed, versions]
         store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
         jobs = [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
-        done: dict[tuple[str, int], dict] = {}
+        done: dict[tuple[str, int], Chunk] = {}
         with frozen(pixel_model):
             for attack, start in _bar(jobs[rank::world_size], progress and rank == 0):
                 size, eps_of = plans[attack]
@@ -136,13 +137,9 @@ def evaluate(
             measured = {}
             if audit:
                 x, y = _pixels(images, slice(0, AUDIT_IMAGES)), labels[:AUDIT_IMAGES]
-                asked = [r for name in attacks if ATTACKS[name].norm == 'Linf' for r in plans[name][1].values()]
+                asked = [r for name in attacks if ATTACKS[name].norm == 'Linf' for r in plans[name][1]]
                 measured = measure(pixel_model, x, y, asked, seed=seed, source=source)
-    scores = [
-        score
-        for attack, (_, eps_of) in plans.items()
-        for score in _scores(attack, [done[job] for job in jobs if job[0] == attack], eps_of)
-    ]
+    scores = [score for attack in plans for score in _scores(attack, [done[job] for job in jobs if job[0] == attack])]
     found = None
     if audit:
         right = {score.key: _column([done[job] for job in jobs if job[0] == score.attack], score) for score in scores}
@@ -265,7 +262,7 @@ def _check_setting(name: str, value: Any, default: Any) -> None:
         raise ValueError(f'{name} must be {wanted}, got {value!r}.')
 
 
-def _plan(attack: str, options: dict[str, Any], radii: dict[str, dict[str, float]], images: int) -> Plan:
+def _plan(attack: str, options: dict[str, Any], radii: dict[str, list[float]], images: int) -> Plan:
     n = options.get('n', images)
     if not 0 < n <= images:
         raise ValueError(f'n of {attack} must lie in [1, {images}], the images, got {n}.')
@@ -279,21 +276,22 @@ def _listed(eps: Any) -> list[Any]:
     return list(eps) if isinstance(eps, (list, tuple)) else [eps]
 
 
-def _linf_radii(eps: Any) -> dict[str, float]:
-    return {str(epsilon): parse_epsilon(epsilon) for epsilon in _listed(eps)}
+def _linf_radii(eps: Any) -> list[float]:
+    return list(dict.fromkeys(parse_epsilon(epsilon) for epsilon in _listed(eps)))
 
 
-def _l2_radii(eps: Any) -> dict[str, float]:
+def _l2_radii(eps: Any) -> list[float]:
     """They may be larger than 1."""
-    radii = {}
+    radii = []
     for epsilon in _listed(eps):
         try:
-            radii[str(epsilon)] = value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
+            value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"An L2 radius must be a number such as 0.5 or '128/255', got {epsilon!r}.") from error
         if not 0 <= value < math.inf:
             raise ValueError(f'An L2 radius must be at least 0, and finite, got {epsilon!r}.')
-    return radii
+        radii.append(value)
+    return list(dict.fromkeys(radii))
 
 
 def _pixels(images: Tensor, part: slice) -> Tensor:
@@ -305,11 +303,11 @@ def _chunk(
     images: Tensor,
     labels: Tensor,
     attack: str,
-    radii: dict[str, float],
+    radii: Sequence[float],
     seed: int,
     options: dict[str, Any],
-) -> dict[str, Any]:
-    """The outcome on some images, as JSON."""
+) -> list[dict[str, Any]]:
+    """The outcome on some images, as JSON: a record for each variant of the attack."""
     with seeded(seed):  # the model may draw, too
         if attack == 'clean':
             outcome = _clean(model, images, labels)
@@ -317,13 +315,13 @@ def _chunk(
             own = {name: value for name, value in options.items() if name not in OF_EVERY_ATTACK}
             outcome = ATTACKS[attack].run(model, images, labels, radii, seed, **own)
     # JSON knows no infinity: None where nothing was found.
-    return {
-        'right': {name: right.int().tolist() for name, right in outcome.right.items()},
-        'distance': {
-            name: [value if value < torch.inf else None for value in distance.tolist()]
-            for name, distance in outcome.distance.items()
-        },
-    }
+    records = []
+    for variant, right in outcome.right.items():
+        record: dict[str, Any] = {**variant._asdict(), 'right': right.int().tolist()}
+        if variant in outcome.distance:
+            record['distance'] = [value if value < torch.inf else None for value in outcome.distance[variant].tolist()]
+        records.append(record)
+    return records
 
 
 @torch.no_grad()
@@ -332,10 +330,10 @@ def _clean(model: PixelModel, images: Tensor, labels: Tensor) -> Outcome:
     broken = ~torch.isfinite(logits).all(1)
     if broken.any():
         raise ValueError(f'The logits of {int(broken.sum())} of {len(images)} images are NaN or infinite: {REMEDY}')
-    return Outcome({'': logits.argmax(1) == labels})
+    return Outcome({Variant(): logits.argmax(1) == labels})
 
 
-def _saved(path: Path | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _saved(path: Path | None, measure: Callable[[], Chunk]) -> Chunk:
     """Read from ``path``, or measured and written there."""
     if path and path.is_file():
         return json.loads(path.read_text())
@@ -350,21 +348,21 @@ def _path(store: Path | None, attack: str, start: int) -> Path | None:
     return store / f'{attack}_{start:07d}.json' if store else None
 
 
-def _read(store: Path | None, attack: str, start: int) -> dict[str, Any]:
+def _read(store: Path | None, attack: str, start: int) -> Chunk:
     path = _path(store, attack, start)
     assert path is not None, 'a chunk of another process'
     return json.loads(path.read_text())
 
 
-def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, float]) -> list[Score]:
+def _scores(attack: str, chunks: list[Chunk]) -> list[Score]:
     norm = '' if attack == 'clean' else ATTACKS[attack].norm
     scores = []
-    for variant in chunks[0]['right']:
-        score = Score(attack, variant, norm, radii.get(variant), 0, 0)
-        right = _column(chunks, score)
-        score.correct, score.n = sum(right), len(right)
-        if variant in chunks[0]['distance']:
-            found = [value for chunk in chunks for value in chunk['distance'][variant]]
+    for records in zip(*chunks, strict=True):
+        variant = Variant(**{name: records[0][name] for name in Variant._fields})
+        right = [value for record in records for value in record['right']]
+        score = Score(attack, sum(right), len(right), norm, *variant)
+        if 'distance' in records[0]:
+            found = [value for record in records for value in record['distance']]
             middle = torch.tensor([torch.inf if value is None else value for value in found]).median().item()
             known = [value for value in found if value is not None]
             score.median_distance = middle if middle < torch.inf else None
@@ -373,9 +371,15 @@ def _scores(attack: str, chunks: list[dict[str, Any]], radii: dict[str, float]) 
     return scores
 
 
-def _column(chunks: list[dict[str, Any]], score: Score) -> list[int]:
+def _column(chunks: list[Chunk], score: Score) -> list[int]:
     """1 for every image that is right."""
-    return [value for chunk in chunks for value in chunk['right'][score.variant]]
+    same = (record for chunk in chunks for record in chunk)
+    return [
+        value
+        for record in same
+        if all(record[name] == getattr(score, name) for name in Variant._fields)
+        for value in record['right']
+    ]
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_batchout.pixels import seeded
-from timm_batchout.robustness.report import Score
+from timm_batchout.pixels import format_radius, seeded
+from timm_batchout.robustness.report import Score, Variant
 
 __all__ = ['measure', 'misled', 'suspicions', 'verdict']
 
@@ -120,7 +120,9 @@ def _measure(
 
 
 def suspicions(
-    measured: dict[str, Any], scores: Sequence[Score] = (), right: Mapping[tuple[str, str], Sequence[int]] | None = None
+    measured: dict[str, Any],
+    scores: Sequence[Score] = (),
+    right: Mapping[tuple[str, Variant], Sequence[int]] | None = None,
 ) -> list[str]:
     """What does not fit with honest gradients, in words; empty where nothing does.
 
@@ -159,7 +161,7 @@ def suspicions(
     return found + _disorder(scores, right or {})
 
 
-def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, str], Sequence[int]]) -> list[str]:
+def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Sequence[int]]) -> list[str]:
     """Stronger attacks that do less."""
 
     def excess(strong: Score, weak: Score) -> bool:
@@ -184,7 +186,7 @@ def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, str], Sequence[
         for radius, score in by_attack.get(strong, {}).items():
             other = by_attack.get(weak, {}).get(radius)
             if other and excess(score, other):
-                found.append(f'{weak} at {other.variant} does more than {strong}')
+                found.append(f'{weak} at {format_radius(radius)} does more than {strong}')
     return found
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_batchout.robustness.attacks import ATTACKS
-from timm_batchout.robustness.report import Report
+from timm_batchout.robustness.report import Report, Variant
 
 __all__ = ['draw_curves']
 
@@ -44,7 +44,8 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     for ax, (attack, variants) in zip(axes.flat, curves.items(), strict=False):
         kind = ATTACKS[attack]
         for report in reports:
-            points = [(x, report.score(attack, name)) for name, x in variants.items() if _has(report, attack, name)]
+            known = {score.key: score for score in report.scores}
+            points = [(x, known[attack, v]) for v, x in variants.items() if (attack, v) in known]
             xs = [0.0, *(x for x, _ in points)]
             scores = [report.score('clean'), *(score for _, score in points)]
             masked = any(score.masked for score in scores)
@@ -68,16 +69,11 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     plt.close(figure)
 
 
-def _variants(reports: Sequence[Report], attack: str) -> dict[str, float]:
+def _variants(reports: Sequence[Report], attack: str) -> dict[Variant, float]:
     """Variant -> where on the axis."""
-    found: dict[str, float] = {}
+    found: dict[Variant, float] = {}
     for score in (score for report in reports for score in report.scores if score.attack == attack):
-        if score.radius is not None:
-            found[score.variant] = score.radius
-        elif attack in ITERATED:
-            found[score.variant] = float(score.variant.split()[0])
+        x = score.radius if score.radius is not None else score.iteration
+        if x is not None and not score.stage:
+            found[score.variant] = x
     return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def _has(report: Report, attack: str, variant: str) -> bool:
-    return (attack, variant) in {score.key for score in report.scores}

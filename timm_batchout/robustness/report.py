@@ -2,14 +2,14 @@
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm_batchout.provenance import write_atomically
 
-__all__ = ['Report', 'Score', 'cell', 'comparison', 'title', 'wilson']
+__all__ = ['Report', 'Score', 'Variant', 'wilson']
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -20,27 +20,40 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+class Variant(NamedTuple):
+    """What tells the scores of one attack apart: a field of ``Score`` each."""
+
+    radius: float | None = None
+    iteration: int | None = None
+    stage: str = ''
+    corruption: str = ''
+
+
 @dataclass
 class Score:
     """The images that one variant of an attack leaves right.
 
     Attributes:
         attack: Its name in ``ATTACKS``; 'clean' for none.
-        variant: A radius as it was given ('8/255'), an iteration, a stage; '' where there is one only.
-        norm: 'Linf', 'L2' or ''.
-        radius: In [0, 1] pixels; None where the variant is not one.
         correct, n: Images right before and after, of how many.
+        norm: Of the radius and of distances: 'Linf', 'L2' or ''.
+        radius: In [0, 1] pixels; None where the attack has no radius.
+        iteration: DeepFool's, from 1 on.
+        stage: After this stage of AutoAttack; '' for the whole attack.
+        corruption: Its name.
         median_distance, mean_distance: Of the perturbations that were found, norm in [0, 1] pixels; None where the
             attack does not minimise it. The median counts images that were not fooled as infinitely far.
         masked: The audit found that gradients do not tell the truth here.
     """
 
     attack: str
-    variant: str
-    norm: str
-    radius: float | None
     correct: int
     n: int
+    norm: str = ''
+    radius: float | None = None
+    iteration: int | None = None
+    stage: str = ''
+    corruption: str = ''
     median_distance: float | None = None
     mean_distance: float | None = None
     masked: bool = False
@@ -55,7 +68,11 @@ class Score:
         return wilson(self.correct, self.n)
 
     @property
-    def key(self) -> tuple[str, str]:
+    def variant(self) -> Variant:
+        return Variant(self.radius, self.iteration, self.stage, self.corruption)
+
+    @property
+    def key(self) -> tuple[str, Variant]:
         return self.attack, self.variant
 
 
@@ -93,12 +110,26 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def score(self, attack: str, variant: str = '') -> Score:
-        """Raises KeyError if it was not measured."""
+    def score(
+        self,
+        attack: str,
+        radius: float | str | None = None,
+        *,
+        iteration: int | None = None,
+        stage: str = '',
+        corruption: str = '',
+    ) -> Score:
+        """The score of one variant of an attack; the radius in [0, 1] pixels, as a number or as '8/255'.
+
+        Raises:
+            KeyError: It was not measured.
+        """
+        value = float(Fraction(radius)) if isinstance(radius, str) else radius
+        variant = Variant(value, iteration, stage, corruption)
         for score in self.scores:
             if score.key == (attack, variant):
                 return score
-        raise KeyError(f'{attack} {variant}'.strip())
+        raise KeyError(f'{attack} {variant}')
 
     def to_dict(self) -> dict[str, Any]:
         report = asdict(self)
@@ -124,86 +155,3 @@ class Report:
             return cls.from_dict(json.loads(text))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{str(path)!r} is no report that `timm-batchout evaluate` wrote ({error!r}).') from error
-
-    def table(self) -> str:
-        """Markdown: a row per attack and variant."""
-        rows = ['| attack | robust accuracy % (95%) | median distance |', '|---|---|---|']
-        for score in self.scores:
-            low, high = score.interval
-            distance = '' if score.median_distance is None else f'{score.median_distance:.3f}'
-            rows.append(
-                f'| {title(*score.key)}{" (masked)" * score.masked} | '
-                f'{100 * score.accuracy:.2f} ({100 * low:.1f} to {100 * high:.1f}) | {distance} |'
-            )
-        head = f'**{self.model}** on {self.data}, n = {self.n}'
-        verdict = f'\n\nGradient masking: {self.audit["verdict"]}' if self.audit else ''
-        return head + '\n\n' + '\n'.join(rows) + verdict
-
-
-def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
-    """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
-
-    Nothing is best where nothing withstands, where it is the only one, or where the models were not attacked alike
-    (other settings, or images of another net), which the row says. Stages of AutoAttack are left out where they left
-    right what the whole attack did.
-
-    Args:
-        reports: Of the same images.
-        names: Column heads; the models' names if left out.
-
-    Raises:
-        ValueError: The reports are of different data or images.
-    """
-    if len({(report.data, report.indices, report.n) for report in reports}) != 1:
-        raise ValueError('The reports are of different images: they cannot stand in one table.')
-    rows = [
-        f'| {reports[0].data}, accuracy % | n | {" | ".join(names or [report.model for report in reports])} |',
-        '|---' * (len(reports) + 2) + '|',
-    ]
-    known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
-    for key in dict.fromkeys(key for scores in known for key in scores):
-        same = [scores.get(key) for scores in known]
-        whole = [scores.get((key[0], key[1].partition(' after ')[0], key[2])) for scores in known]
-        if ' after ' in key[1] and [_correct(score) for score in same] == [_correct(score) for score in whole]:
-            continue
-        honest = [score.accuracy for score in same if score and not score.masked]
-        alike = _attacked_alike(reports, key[0])
-        comparable = alike and len([score for score in same if score]) > 1
-        cells = [cell(score, max(honest, default=0) if comparable else 0) for score in same]
-        rows.append(f'| {title(*key[:2])}{"" if alike else " (settings differ)"} | {key[2]} | {" | ".join(cells)} |')
-        distances = [score.median_distance if score else None for score in same]
-        if any(distances):
-            shown = ['' if distance is None else f'{distance:.3f}' for distance in distances]
-            rows.append(f'| {title(*key[:2])}: median distance | {key[2]} | {" | ".join(shown)} |')
-    return '\n'.join(rows)
-
-
-def title(attack: str, variant: str) -> str:
-    """As tables name an attack: 'PGD Linf 8/255'."""
-    from timm_batchout.robustness.attacks import ATTACKS
-
-    if attack == 'clean':
-        return 'clean'
-    variant = '1 iteration' if variant == '1 iterations' else variant
-    return ' '.join(filter(None, [ATTACKS[attack].title, ATTACKS[attack].norm, variant]))
-
-
-def _correct(score: Score | None) -> int | None:
-    return score.correct if score else None
-
-
-def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
-    """With the same settings; how many images and which radii stand in the table."""
-    settings = [report.settings[attack] for report in reports if attack in report.settings]
-    alike = [{name: value for name, value in each.items() if name not in ('n', 'eps')} for each in settings]
-    return all(each == alike[0] for each in alike)
-
-
-def cell(score: Score | None, best: float) -> str:
-    """In percent; bold where it is the best, but 0 never is."""
-    if score is None:
-        return ''
-    text = f'{100 * score.accuracy:.2f}'
-    if score.masked:
-        return f'{text} (masked)'
-    return f'**{text}**' if score.accuracy == best > 0 else text

@@ -1,0 +1,103 @@
+"""Reports as Markdown tables. The names of attacks are made here, and nowhere else."""
+
+from collections.abc import Sequence
+
+from timm_batchout.pixels import format_radius
+from timm_batchout.robustness.attacks import ATTACKS
+from timm_batchout.robustness.report import Report, Score, Variant
+
+__all__ = ['attack_title', 'cell', 'comparison', 'describe', 'table', 'title']
+
+
+def table(report: Report) -> str:
+    """A row per attack and variant, and the audit's verdict."""
+    rows = ['| attack | robust accuracy % (95%) | median distance |', '|---|---|---|']
+    for score in report.scores:
+        low, high = score.interval
+        distance = '' if score.median_distance is None else f'{score.median_distance:.3f}'
+        rows.append(
+            f'| {title(score)}{" (masked)" * score.masked} | '
+            f'{100 * score.accuracy:.2f} ({100 * low:.1f} to {100 * high:.1f}) | {distance} |'
+        )
+    head = f'**{report.model}** on {report.data}, n = {report.n}'
+    verdict = f'\n\nGradient masking: {report.audit["verdict"]}' if report.audit else ''
+    return head + '\n\n' + '\n'.join(rows) + verdict
+
+
+def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
+    """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
+
+    Nothing is best where nothing withstands, where it is the only one, or where the models were not attacked alike
+    (other settings, or images of another net), which the row says. Stages of AutoAttack are left out where they left
+    right what the whole attack did.
+
+    Args:
+        reports: Of the same images.
+        names: Column heads; the models' names if left out.
+
+    Raises:
+        ValueError: The reports are of different data or images.
+    """
+    if len({(report.data, report.indices, report.n) for report in reports}) != 1:
+        raise ValueError('The reports are of different images: they cannot stand in one table.')
+    rows = [
+        f'| {reports[0].data}, accuracy % | n | {" | ".join(names or [report.model for report in reports])} |',
+        '|---' * (len(reports) + 2) + '|',
+    ]
+    known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
+    for attack, variant, n in dict.fromkeys(key for scores in known for key in scores):
+        same = [scores.get((attack, variant, n)) for scores in known]
+        whole = [scores.get((attack, variant._replace(stage=''), n)) for scores in known]
+        if variant.stage and [_correct(score) for score in same] == [_correct(score) for score in whole]:
+            continue
+        name = ' '.join(filter(None, [attack_title(attack), describe(variant)]))
+        honest = [score.accuracy for score in same if score and not score.masked]
+        alike = _attacked_alike(reports, attack)
+        comparable = alike and len([score for score in same if score]) > 1
+        cells = [cell(score, max(honest, default=0) if comparable else 0) for score in same]
+        rows.append(f'| {name}{"" if alike else " (settings differ)"} | {n} | {" | ".join(cells)} |')
+        distances = [score.median_distance if score else None for score in same]
+        if any(distances):
+            shown = ['' if distance is None else f'{distance:.3f}' for distance in distances]
+            rows.append(f'| {name}: median distance | {n} | {" | ".join(shown)} |')
+    return '\n'.join(rows)
+
+
+def title(score: Score) -> str:
+    """As tables name an attack: 'PGD Linf 8/255'."""
+    return ' '.join(filter(None, [attack_title(score.attack), describe(score.variant)]))
+
+
+def attack_title(attack: str) -> str:
+    """The attack and its norm: 'PGD Linf'."""
+    return ' '.join(filter(None, [ATTACKS[attack].title, ATTACKS[attack].norm])) if attack in ATTACKS else attack
+
+
+def describe(variant: Variant) -> str:
+    """What tells the scores of an attack apart: '8/255', '3 iterations', '8/255 after apgd-ce', 'blur'."""
+    radius = '' if variant.radius is None else format_radius(variant.radius)
+    plural = '' if variant.iteration == 1 else 's'
+    iteration = f'{variant.iteration} iteration{plural}' if variant.iteration else ''
+    stage = f'after {variant.stage}' if variant.stage else ''
+    return ' '.join(filter(None, [radius, iteration, stage, variant.corruption]))
+
+
+def _correct(score: Score | None) -> int | None:
+    return score.correct if score else None
+
+
+def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
+    """With the same settings; how many images and which radii stand in the table."""
+    settings = [report.settings[attack] for report in reports if attack in report.settings]
+    alike = [{name: value for name, value in each.items() if name not in ('n', 'eps')} for each in settings]
+    return all(each == alike[0] for each in alike)
+
+
+def cell(score: Score | None, best: float) -> str:
+    """In percent; bold where it is the best, but 0 never is."""
+    if score is None:
+        return ''
+    text = f'{100 * score.accuracy:.2f}'
+    if score.masked:
+        return f'{text} (masked)'
+    return f'**{text}**' if score.accuracy == best > 0 else text

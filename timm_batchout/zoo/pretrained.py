@@ -153,7 +153,7 @@ def read_weights_card(name: str) -> dict[str, Any]:
         return {}
     card = json.loads(card_path.read_text())
     file = FOLDER / f'{name}.safetensors'
-    return dict(file=str(file) if file.is_file() else None, notes=(f'Trained on {card["data"]}.',))
+    return dict(file=str(file) if file.is_file() else None, notes=(f'Trained on {card["training"]["data"]}.',))
 
 
 def check_weights(file: str | None) -> None:
@@ -192,7 +192,7 @@ def table(cards: dict[str, dict[str, Any]]) -> str:
         epsilons = list(card['test']['fgsm'])
         if epsilons != header:
             header = epsilons
-            columns = [f'{card["data"]}, n = {card["test"]["n"]}', 'clean', *(f'FGSM {epsilon}' for epsilon in header)]
+            columns = [f'{card["training"]["data"]}, n = {card["test"]["n"]}', 'clean', *(f'FGSM {epsilon}' for epsilon in header)]
             lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
         scores = [card['test']['clean'], *card['test']['fgsm'].values()]
         percents = ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores)

@@ -3,6 +3,7 @@
 from timm_batchout.functional import batchout, gaussian_noise
 from timm_batchout.inject import add_batchout, batchout_sites, remove_batchout
 from timm_batchout.layer import BatchOut, BatchOutConfig
+from timm_batchout.zoo import cifar_nets as _cifar_nets  # noqa: F401
 from timm_batchout.zoo import paper_nets as _paper_nets  # noqa: F401  (registers mnist_cnn, cifar_vgg and twins)
 from timm_batchout.zoo.timm_twins import register_twins
 

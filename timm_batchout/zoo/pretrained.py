@@ -192,7 +192,11 @@ def table(cards: dict[str, dict[str, Any]]) -> str:
         epsilons = list(card['test']['fgsm'])
         if epsilons != header:
             header = epsilons
-            columns = [f'{card["training"]["data"]}, n = {card["test"]["n"]}', 'clean', *(f'FGSM {epsilon}' for epsilon in header)]
+            columns = [
+                f'{card["training"]["data"]}, n = {card["test"]["n"]}',
+                'clean',
+                *(f'FGSM {epsilon}' for epsilon in header),
+            ]
             lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
         scores = [card['test']['clean'], *card['test']['fgsm'].values()]
         percents = ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from timm_batchout.pixels import PixelModel, parse_epsilon
-from timm_batchout.robustness.fgsm_scores import fgsm_scores
+from timm_batchout.pixels import PixelModel, format_radius, parse_epsilon
+from timm_batchout.robustness import evaluate
 
 
 class Threshold(nn.Module):
@@ -24,34 +24,42 @@ IMAGES = torch.linspace(0.05, 0.95, 10).view(10, 1, 1, 1)  # 0.05, 0.15, ..., 0.
 LABELS = (IMAGES.flatten() > 0.5).long()
 
 
+def correct(report):
+    return {score.radius: score.correct for score in report.scores}
+
+
 def test_counts_of_a_linear_net():
-    report = fgsm_scores(Threshold(), IMAGES, LABELS, [0.0, 0.1, '0.2', '1/2'], batch_size=3)
-    assert report['n'] == 10
-    assert report['clean'] == {'correct': 10, 'accuracy': 1.0}
-    assert {eps: score['correct'] for eps, score in report['fgsm'].items()} == {'0.0': 10, '0.1': 8, '0.2': 6, '1/2': 0}
-    assert report['zero_gradient_share'] == 0
+    report = evaluate(Threshold(), IMAGES, LABELS, ['fgsm'], [0.0, 0.1, '0.2', '1/2'], batch_size=3)
+    assert report.n == 10
+    assert correct(report) == {None: 10, 0.0: 10, 0.1: 8, 0.2: 6, 0.5: 0}
 
 
 def test_robust_means_right_before_and_after():
     """With the labels swapped every image is wrong at first; FGSM moves them further away, and none counts."""
-    report = fgsm_scores(Threshold(), IMAGES, 1 - LABELS, [0.6])
-    assert report['clean']['correct'] == 0 and report['fgsm']['0.6']['correct'] == 0
+    report = evaluate(Threshold(), IMAGES, 1 - LABELS, ['fgsm'], [0.6])
+    assert correct(report) == {None: 0, 0.6: 0}
 
 
-def test_vanished_gradients_are_counted():
-    report = fgsm_scores(Threshold(scale=1e6), IMAGES, LABELS, [0.2])
-    assert report['zero_gradient_share'] == 1
-    assert report['fgsm']['0.2']['correct'] == 10, 'the attack did nothing, which is the point'
+def test_vanished_gradients_leave_every_image_right():
+    report = evaluate(Threshold(scale=1e6), IMAGES, LABELS, ['fgsm'], [0.2])
+    assert report.score('fgsm', 0.2).correct == 10, 'the attack did nothing, which is the point'
 
 
 def test_uint8_images_and_mode():
     net = nn.Sequential(nn.Dropout(0.9), Threshold())
     net.train()
     pixels = (IMAGES * 255).round().to(torch.uint8)
-    assert fgsm_scores(net, pixels, LABELS)['clean']['correct'] == 10, 'dropout was on'
+    assert evaluate(net, pixels, LABELS, []).score('clean').correct == 10, 'dropout was on'
     assert net.training
-    assert not fgsm_scores(net.eval(), pixels, LABELS)['fgsm']
+    assert [score.attack for score in evaluate(net.eval(), pixels, LABELS, []).scores] == ['clean']
     assert not net.training
+
+
+@pytest.mark.parametrize(
+    ('radius', 'text'), [(0.3, '0.3'), (8 / 255, '8/255'), (0.05, '0.05'), (0, '0'), (1, '1'), (0.1234567, '0.123457')]
+)
+def test_radius_as_people_write_it(radius, text):
+    assert format_radius(radius) == text
 
 
 def test_pixel_model_normalises():
@@ -65,12 +73,3 @@ def test_pixel_model_normalises():
 def test_bad_epsilon(epsilon):
     with pytest.raises(ValueError, match='epsilon'):
         parse_epsilon(epsilon)
-
-
-def test_bad_images():
-    with pytest.raises(ValueError, match=r'must lie in \[0, 1\], got \[0.1, 1.9\]'):
-        fgsm_scores(Threshold(), IMAGES * 2, LABELS)
-    with pytest.raises(ValueError, match='no images'):
-        fgsm_scores(Threshold(), IMAGES[:0], LABELS[:0])
-    with pytest.raises(ValueError, match='10 images, 9 labels'):
-        fgsm_scores(Threshold(), IMAGES, LABELS[:9])

@@ -1,72 +1,63 @@
-"""Bundle a finished run's weights: safetensors and JSON into timm_batchout/zoo/weights/.
+"""Bundle a finished run: its weights, its result and its report become files in timm_batchout/zoo/weights/.
 
-    python recipes/paper/bundle_weights.py runs/cifar10_batchout batchout_cifar_vgg.cifar10 --root PATH_OF_THE_DATA
+    timm-batchout evaluate mnist_cnn --checkpoint runs/pgd/model.safetensors --output report.json ...
+    python recipes/paper/bundle_weights.py runs/pgd mnist_cnn.pgd_at_mnist report.json
 
-Scores the weights on the test set, clean and under FGSM, and writes what it measured; nothing is typed by hand.
+README's table is made anew from the reports of all bundled weights.
 """
 
 import argparse
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import timm
 
 import timm_batchout  # noqa: F401
-from timm_batchout.data.config import DataConfig
-from timm_batchout.data.memory import load_split
-from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness.fgsm_scores import fgsm_scores
-from timm_batchout.zoo.pretrained import FOLDER, bundled_cards, table
+from timm_batchout.provenance import write_atomically
+from timm_batchout.robustness import Report
+from timm_batchout.robustness.harness import weights_sha256
+from timm_batchout.robustness.tables import overview
+from timm_batchout.zoo.pretrained import FOLDER, bundled_cards
 
 README = Path(__file__).parents[2] / 'README.md'
-
-EPSILONS = {
-    'mnist': ['0.05', '0.1', '0.2', '0.3', '0.4'],
-    'cifar10': ['1/255', '2/255', '4/255', '8/255'],
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path)
     parser.add_argument('name', help="the bundled model's 'arch.tag'")
-    parser.add_argument('--root', required=True, help='where the test set is')
+    parser.add_argument('report', type=Path)
     arguments = parser.parse_args()
     arch, tag = arguments.name.split('.')
     result = json.loads((arguments.run / 'result.json').read_text())
     if result['model'] != arch:
         raise SystemExit(f'error: {arguments.run} trained {result["model"]}, not {arch}.')
     file = arguments.run / 'model.safetensors'
-    recipe = result['recipe']
-    split = load_split(DataConfig(**{**recipe['data'], 'root': arguments.root}), train=False)
-    recipe['data']['root'] = ''  # a place on the machine that trained it
-    model = timm.create_model(arch, checkpoint_path=str(file))
-    epsilons = EPSILONS['mnist' if 'mnist' in arch else 'cifar10']
-    card = {
-        'model': arch,
-        'tag': tag,
-        'data': result['data'],
-        'sha256': result['sha256'],
-        'seed': result['seed'],
-        'test': fgsm_scores(model, split.images, split.labels, epsilons),
-        'training': {**result['metrics'], 'seconds': result['seconds'], 'environment': result['environment']},
-        'recipe': recipe,
-        'environment': environment(),
-    }
-    if card['test']['clean']['correct'] != result['metrics']['test_correct']:
-        raise SystemExit('error: the weights do not give the test accuracy that the run wrote. Nothing was bundled.')
+    report = replace(Report.load(arguments.report), model=arguments.name)
+    if weights_sha256(timm.create_model(arch, checkpoint_path=str(file))) != report.weights_sha256:
+        raise SystemExit(f'error: {arguments.report} is a report of other weights. Evaluate {file} first.')
+    clean = report.score('clean')
+    if clean.n == result['metrics']['test_n'] and clean.correct != result['metrics']['test_correct']:
+        raise SystemExit('error: the report and the run disagree on clean accuracy. Nothing was bundled.')
+    sha256 = result.pop('sha256')
+    result['recipe']['data']['root'] = ''  # a place on the machine that trained it
+    card = {'model': arch, 'tag': tag, 'sha256': sha256, 'training': result, 'report': report.to_dict()}
     shutil.copyfile(file, FOLDER / f'{arguments.name}.safetensors')
-    write_atomically(FOLDER / f'{arguments.name}.json', json.dumps(card, indent=2) + '\n')
+    write_atomically(FOLDER / f'{arguments.name}.json', json.dumps(card, indent=1) + '\n')
     write_readme_table()
-    print(f'{arguments.name}: clean {card["test"]["clean"]["accuracy"]}, FGSM {card["test"]["fgsm"]}')
+
+
+def readme_table() -> str:
+    return overview({name: Report.from_dict(card['report']) for name, card in bundled_cards().items()})
 
 
 def write_readme_table() -> None:
     begin, end = '<!-- bundled weights: begin -->\n', '<!-- bundled weights: end -->'
     head, _, rest = README.read_text().partition(begin)
     _, _, tail = rest.partition(end)
-    write_atomically(README, f'{head}{begin}{table(bundled_cards())}\n{end}{tail}')
+    write_atomically(README, f'{head}{begin}{readme_table()}\n{end}{tail}')
 
 
 if __name__ == '__main__':

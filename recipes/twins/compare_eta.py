@@ -20,8 +20,8 @@ from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import Split, data_label, load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.robustness import evaluate
 from timm_batchout.robustness.deepfool import deepfool
-from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.robustness.report import wilson
 from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.launch import train
@@ -92,13 +92,21 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'eta': model_args.get('eta'),
         'sites': len(batchout_sites(model)),
         'train_loss': result['metrics']['train_loss'],
-        'test': fgsm_scores(model, test.images, test.labels, EPSILONS),
+        'test': fgsm_accuracy(model, test),
         'deepfool': median_distance(model, test.images[some], test.labels[some]),
         'recipe': result['recipe'],
         'environment': environment(),
     }
     write_atomically(scores, json.dumps(record, indent=1))
     return record
+
+
+def fgsm_accuracy(model: nn.Module, test: Split) -> dict[str, Any]:
+    """Counts of the test images that are right: clean, and under FGSM at each radius."""
+    report = evaluate(model, test.images, test.labels, ['fgsm'], EPSILONS, batch_size=500)
+    scores = {epsilon: report.score('fgsm', epsilon) for epsilon in EPSILONS} | {'clean': report.score('clean')}
+    counts = {name: {'correct': s.correct, 'accuracy': s.accuracy} for name, s in scores.items()}
+    return {'n': report.n, 'clean': counts.pop('clean'), 'fgsm': counts}
 
 
 def median_distance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:

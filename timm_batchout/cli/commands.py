@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import data_label, load_split
 from timm_batchout.robustness import Report, comparison, evaluate
-from timm_batchout.robustness.fgsm_scores import fgsm_scores
 from timm_batchout.robustness.plots import draw_curves
-from timm_batchout.robustness.tables import table
+from timm_batchout.robustness.report import differences
+from timm_batchout.robustness.tables import overview, table
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.zoo import pretrained as weights
 from timm_batchout.zoo.timm_twins import check_model_name
@@ -46,6 +46,7 @@ class EvaluateConfig:
         seed: Of the draw and of the attacks.
         device: Where to compute; empty: a GPU if there is one.
         output: Write the report to this JSON file.
+        expect: An earlier report of these weights: show where this one differs, and exit with 1 if it does.
         figure: Draw accuracy over the radius to this file (.svg, .png).
         resume: Go on where a run with the same settings was broken off.
     """
@@ -65,6 +66,7 @@ class EvaluateConfig:
     seed: int = 0
     device: str = ''
     output: str = ''
+    expect: str = ''
     figure: str = ''
     resume: bool = False
 
@@ -90,10 +92,9 @@ class PublishConfig:
 
     Args:
         model: A bundled model ('arch.tag'), or the timm name of what --checkpoint holds.
-        all: All bundled models, each with the report of its name in --reports.
+        all: All bundled models, each with its own report.
         report: What `evaluate` wrote for these weights.
         twin: The report of the same net without defence, for comparison.
-        reports: Folder of the reports, for --all.
         repo: NAMESPACE/NAME; by default the model's name in the namespace of TIMM_BATCHOUT_HUB_NAMESPACE.
         checkpoint: A .safetensors file, for weights that are not bundled.
         run: The run folder that trained the checkpoint.
@@ -107,7 +108,6 @@ class PublishConfig:
     all: bool = False
     report: str = ''
     twin: str = ''
-    reports: str = 'recipes/paper/reports'
     repo: str = ''
     checkpoint: str = ''
     run: str = ''
@@ -115,21 +115,6 @@ class PublishConfig:
     cards: str = 'hub_cards'
     private: bool = False
     dry_run: bool = False
-
-
-@dataclass
-class VerifyConfig:
-    """Score the bundled weights again and compare with the numbers in their JSON.
-
-    Clean counts must be equal; under FGSM, 0.5% of the images may differ, since processors round differently.
-
-    Args:
-        roots: Where the test sets are, by data name. Models whose data is not named are skipped, and said to be.
-        models: Which bundled models ('arch.tag'); empty: all.
-    """
-
-    roots: dict[str, str]
-    models: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -154,6 +139,7 @@ def run_evaluate(config: EvaluateConfig) -> int:
     check_available(config.attacks)
     if config.figure and not config.output:
         raise ValueError('A figure is drawn from a report: name an --output as well.')
+    expected = Report.load(config.expect) if config.expect else None
     model = _load(config.model, config.checkpoint, config.model_args)
     split = load_split(config.data, train=False)
     if not 0 <= config.images <= len(split):
@@ -192,6 +178,11 @@ def run_evaluate(config: EvaluateConfig) -> int:
             shutil.rmtree(chunks, ignore_errors=True)
         if config.figure:
             draw_curves([report], config.figure)
+    if expected:
+        different = differences(report, expected)
+        if state.is_main_process:
+            print('\n'.join(['Differs from the expected report:', *different]) if different else 'As expected.')
+        return int(bool(different))
     return 0
 
 
@@ -214,12 +205,13 @@ def run_publish(config: PublishConfig) -> int:
     if config.all and given:
         raise ValueError(f'{", ".join(given)}: for one model, not for --all, which takes the bundled ones as they are.')
     if config.all:
-        undefended = {card['data']: name for name, card in weights.bundled_cards().items() if '.baseline_' in name}
+        cards = weights.bundled_cards()
+        undefended = {card['training']['data']: name for name, card in cards.items() if '.baseline_' in name}
         todo = []
-        for name, card in weights.bundled_cards().items():
-            twin = undefended[card['data']]
+        for name, card in cards.items():
+            twin = undefended[card['training']['data']]
             todo.append((name, *bundled(name), f'{name}.json', f'{twin}.json' if twin != name else ''))
-        folder = Path(config.reports)
+        folder = weights.FOLDER
     else:
         if not config.report:
             raise ValueError('A model is published with its report: name what `evaluate` wrote as --report.')
@@ -227,14 +219,14 @@ def run_publish(config: PublishConfig) -> int:
         source = (Path(config.checkpoint), run) if config.checkpoint else bundled(config.model)
         todo = [(config.model, *source, config.report, config.twin)]
         folder = Path()
-    cards = Path(config.cards)
+    gallery = Path(config.cards)
     reports = {path: Report.load(folder / path) for *_, report, twin in todo for path in (report, twin) if path}
     nets = {report.weights_sha256: report.model for report in reports.values()} if config.all else {}
     staged = [
-        stage(name, file, reports[report], run, cards, config.repo, reports.get(twin), config.model_args, nets)
+        stage(name, file, reports[report], run, gallery, config.repo, reports.get(twin), config.model_args, nets)
         for name, file, run, report, twin in todo
     ]
-    write_gallery(cards)
+    write_gallery(gallery)
     for repository in staged:
         print(repository.repo)
         for path, local in repository.files().items():
@@ -245,48 +237,9 @@ def run_publish(config: PublishConfig) -> int:
     return 0
 
 
-def run_verify(config: VerifyConfig) -> int:
-    cards = weights.bundled_cards()
-    unknown = set(config.models) - set(cards)
-    if unknown:
-        raise ValueError(f'No bundled weights for {", ".join(sorted(unknown))}. There are: {", ".join(cards)}.')
-    splits: dict[str, Any] = {}
-    differing = 0
-    for name, card in cards.items():
-        data = DataConfig(**card['recipe']['data'])
-        if (config.models and name not in config.models) or card['data'] not in config.roots:
-            print(f'{name}: skipped, name its data to check it: --roots {{"{card["data"]}": PATH}}')
-            continue
-        if card['data'] not in splits:
-            splits[card['data']] = load_split(replace(data, root=config.roots[card['data']]), train=False)
-        split = splits[card['data']]
-        model = timm.create_model(name, pretrained=True)
-        found = fgsm_scores(model, split.images, split.labels, list(card['test']['fgsm']))
-        apart = _images_apart(found, card['test'])
-        differing += apart is None
-        if apart is None:
-            outcome = f'is {found}, STATED {card["test"]}'
-        else:
-            outcome = f'{found["clean"]["accuracy"]:.4f}, as stated' + f' (FGSM: but for {apart} images)' * bool(apart)
-        print(f'{name}: clean {outcome}')
-    return 1 if differing else 0
-
-
-def _images_apart(found: dict[str, Any], stated: dict[str, Any]) -> int | None:
-    """The largest difference of two FGSM scores in images; None if they cannot be of the same weights and images.
-
-    FGSM takes signs, and where the net is sure of itself the cross-entropy's gradient is rounding and little else: AVX2
-    and AVX-512 differed by up to 28 of 10,000 images (MNIST baseline, 0.2). Clean counts were the same.
-    """
-    if (found['n'], found['clean']) != (stated['n'], stated['clean']):
-        return None
-    counts = [[score['correct'] for score in scores['fgsm'].values()] for scores in (found, stated)]
-    apart = max((abs(a - b) for a, b in zip(*counts, strict=True)), default=0)
-    return apart if apart <= 0.005 * stated['n'] else None
-
-
 def run_list(config: ListConfig) -> int:
-    print(weights.table(weights.bundled_cards()))
+    cards = weights.bundled_cards()
+    print(overview({name: Report.from_dict(card['report']) for name, card in cards.items()}))
     return 0
 
 
@@ -318,6 +271,5 @@ COMMANDS: dict[str, tuple[Callable[[Any], int], type]] = {
     'evaluate': (run_evaluate, EvaluateConfig),
     'compare': (run_compare, CompareConfig),
     'publish': (run_publish, PublishConfig),
-    'verify': (run_verify, VerifyConfig),
     'list': (run_list, ListConfig),
 }

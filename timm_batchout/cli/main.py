@@ -18,7 +18,7 @@ __all__ = ['main']
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 where ``verify`` found a difference, 2 after an error."""
+    """Run a command; returns the exit status: 0, 1 if ``evaluate --expect`` found a difference, 2 after an error."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
     if name not in COMMANDS:
         print(__doc__)

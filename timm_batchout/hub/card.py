@@ -303,10 +303,9 @@ def _training(entry: Entry) -> str:
             'files: accuracies differ a little from those on the originals.**'
         )
     lines.append(f'Seed {entry.run.get("seed", 0)}.')
-    training = entry.run.get('training', entry.run)  # of bundled weights, and as a run writes it
-    if 'seconds' in training:
-        where = training['environment']
-        lines.append(f'It took {training["seconds"] / 60:.0f} minutes on {where["hardware"]}.')
+    if 'seconds' in entry.run:
+        where = entry.run['environment']
+        lines.append(f'It took {entry.run["seconds"] / 60:.0f} minutes on {where["hardware"]}.')
     return (
         f'{" ".join(lines)}\n\n'
         '```bash\ntimm-batchout train --config recipe.yaml --data.root DATA --output RUN\n```\n\n'

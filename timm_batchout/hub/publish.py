@@ -51,7 +51,7 @@ def bundled(name: str) -> tuple[Path, dict[str, Any]]:
     cards = bundled_cards()
     if name not in cards:
         raise ValueError(f'There are no bundled weights {name!r}; there are {", ".join(cards)}. Others: --checkpoint.')
-    return FOLDER / f'{name}.safetensors', cards[name]
+    return FOLDER / f'{name}.safetensors', cards[name]['training']
 
 
 def stage(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from timm_batchout.provenance import write_atomically
 
-__all__ = ['Report', 'Score', 'Variant', 'wilson']
+__all__ = ['Report', 'Score', 'Variant', 'differences', 'wilson']
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -149,9 +149,38 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> 'Report':
-        """Raises ValueError if the file holds something else."""
+        """A report that ``evaluate`` wrote, or the one inside a bundled model's JSON or a card's results.json.
+
+        Raises:
+            ValueError: The file holds something else.
+        """
         text = Path(path).read_bytes()
         try:
-            return cls.from_dict(json.loads(text))
+            content = json.loads(text)
+            return cls.from_dict(content.get('report', content))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f'{str(path)!r} is no report that `timm-batchout evaluate` wrote ({error!r}).') from error
+
+
+ROUNDING = 0.005  # of the images: FGSM on one processor and another differed by up to 28 of 10,000
+
+
+def differences(report: Report, expected: Report) -> list[str]:
+    """Where a report does not confirm an earlier one of the same weights and images; empty where it does.
+
+    Clean counts must be equal. Under attack 0.5% of the images may differ: attacks take signs of gradients, which are
+    rounding and little else where a net is sure of itself, and processors round differently.
+    """
+    for name in ('weights_sha256', 'data', 'indices', 'n'):
+        if getattr(report, name) != getattr(expected, name):
+            return [f'{name} is {getattr(report, name)!r}, expected {getattr(expected, name)!r}']
+    found = []
+    known = {score.key: score for score in expected.scores}
+    for score in report.scores:
+        other = known.get(score.key)
+        allowed = 0 if score.attack == 'clean' else ROUNDING * score.n
+        if other and score.n == other.n and abs(score.correct - other.correct) > allowed:
+            found.append(
+                f'{score.attack} {score.variant}: {score.correct} of {score.n} correct, expected {other.correct}'
+            )
+    return found

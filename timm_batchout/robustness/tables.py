@@ -1,12 +1,12 @@
 """Reports as Markdown tables. The names of attacks are made here, and nowhere else."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from timm_batchout.pixels import format_radius
 from timm_batchout.robustness.attacks import ATTACKS
 from timm_batchout.robustness.report import Report, Score, Variant
 
-__all__ = ['attack_title', 'cell', 'comparison', 'describe', 'table', 'title']
+__all__ = ['attack_title', 'cell', 'comparison', 'describe', 'overview', 'table', 'title']
 
 
 def table(report: Report) -> str:
@@ -22,6 +22,30 @@ def table(report: Report) -> str:
     head = f'**{report.model}** on {report.data}, n = {report.n}'
     verdict = f'\n\nGradient masking: {report.audit["verdict"]}' if report.audit else ''
     return head + '\n\n' + '\n'.join(rows) + verdict
+
+
+def overview(reports: Mapping[str, Report]) -> str:
+    """Clean, AutoAttack and FGSM accuracy of several models, one Markdown table for each data set.
+
+    Args:
+        reports: By the name that the table shows.
+    """
+    tables = []
+    for data in sorted({report.data for report in reports.values()}):
+        # The plain nets first.
+        names = sorted((name for name in reports if reports[name].data == data), key=lambda n: ('batchout_' in n, n))
+        columns: dict[tuple[str, Variant], set[int]] = {}
+        for attack in ('clean', 'autoattack', 'fgsm'):
+            for score in (score for name in names for score in reports[name].scores):
+                if score.attack == attack and not score.stage:
+                    columns.setdefault(score.key, set()).add(score.n)
+        heads = [f'{_name(*key)}, n = {" or ".join(map(str, sorted(n)))}' for key, n in columns.items()]
+        lines = [f'| {data} | {" | ".join(heads)} |', '|---' * (len(heads) + 1) + '|']
+        for name in names:
+            known = {score.key: score for score in reports[name].scores}
+            lines.append(f'| `{name}` | {" | ".join(cell(known.get(key), 0) for key in columns)} |')
+        tables.append('\n'.join(lines))
+    return '\n\n'.join(tables)
 
 
 def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
@@ -50,7 +74,7 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
         whole = [scores.get((attack, variant._replace(stage=''), n)) for scores in known]
         if variant.stage and [_correct(score) for score in same] == [_correct(score) for score in whole]:
             continue
-        name = ' '.join(filter(None, [attack_title(attack), describe(variant)]))
+        name = _name(attack, variant)
         honest = [score.accuracy for score in same if score and not score.masked]
         alike = _attacked_alike(reports, attack)
         comparable = alike and len([score for score in same if score]) > 1
@@ -65,7 +89,11 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
 
 def title(score: Score) -> str:
     """As tables name an attack: 'PGD Linf 8/255'."""
-    return ' '.join(filter(None, [attack_title(score.attack), describe(score.variant)]))
+    return _name(*score.key)
+
+
+def _name(attack: str, variant: Variant) -> str:
+    return ' '.join(filter(None, [attack_title(attack), describe(variant)]))
 
 
 def attack_title(attack: str) -> str:

@@ -22,7 +22,6 @@ __all__ = [
     'fetch',
     'from_hub',
     'read_weights_card',
-    'table',
 ]
 
 NAMESPACE = os.environ.get('TIMM_BATCHOUT_HUB_NAMESPACE') or 'timm-batchout'
@@ -177,28 +176,5 @@ def check_weights(file: str | None) -> None:
 
 
 def bundled_cards() -> dict[str, dict[str, Any]]:
-    """The JSON of every bundled model, by 'arch.tag'."""
+    """The JSON of every bundled model, by 'arch.tag': model, tag, sha256, training (the run's result), report."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob('*.json'))}
-
-
-def table(cards: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of bundled models: clean test accuracy, and FGSM robust accuracy at every epsilon measured."""
-    lines = []
-    header: list[str] = []
-    # By data set; within it the plain nets first.
-    order = sorted(cards, key=lambda name: (cards[name]['data'], name.startswith('batchout_'), name))
-    for name in order:
-        card = cards[name]
-        epsilons = list(card['test']['fgsm'])
-        if epsilons != header:
-            header = epsilons
-            columns = [
-                f'{card["training"]["data"]}, n = {card["test"]["n"]}',
-                'clean',
-                *(f'FGSM {epsilon}' for epsilon in header),
-            ]
-            lines += ['', f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
-        scores = [card['test']['clean'], *card['test']['fgsm'].values()]
-        percents = ' | '.join(f'{100 * score["accuracy"]:.2f}' for score in scores)
-        lines.append(f'| `{name}` | {percents} |')
-    return '\n'.join(lines).strip()

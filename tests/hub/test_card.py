@@ -26,14 +26,14 @@ BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stab
 
 def report(model='net', clean=80, masked=False):
     scores = [
-        Score('clean', '', '', None, clean, 100),
-        Score('fgsm', '2/255', 'Linf', 2 / 255, 50, 100, masked=masked),
-        Score('fgsm', '8/255', 'Linf', 8 / 255, 20, 100, masked=masked),
-        Score('pgd', '8/255', 'Linf', 8 / 255, 10, 50, masked=masked),
-        Score('autoattack', '8/255 after apgd-ce', 'Linf', None, 2, 50),
-        Score('autoattack', '8/255', 'Linf', 8 / 255, 1, 50),
-        Score('deepfool', '4 iterations', 'L2', None, 30, 100, 0.2, 0.3),
-        Score('deepfool', '5 iterations', 'L2', None, 20, 100, 0.25, 0.3),
+        Score('clean', clean, 100),
+        Score('fgsm', 50, 100, 'Linf', 2 / 255, masked=masked),
+        Score('fgsm', 20, 100, 'Linf', 8 / 255, masked=masked),
+        Score('pgd', 10, 50, 'Linf', 8 / 255, masked=masked),
+        Score('autoattack', 2, 50, 'Linf', 8 / 255, stage='apgd-ce'),
+        Score('autoattack', 1, 50, 'Linf', 8 / 255),
+        Score('deepfool', 30, 100, 'L2', iteration=4, median_distance=0.2, mean_distance=0.3),
+        Score('deepfool', 20, 100, 'L2', iteration=5, median_distance=0.25, mean_distance=0.3),
     ]
     reasons = ['3% of the images have zero gradients'] if masked else []
     audit = {
@@ -126,7 +126,7 @@ def test_without_a_twin_nothing_is_best():
 def test_images_of_different_nets_are_not_compared():
     ours, theirs = report(), report('plain')
     for one, source in ((ours, 'a' * 64), (theirs, 'b' * 64)):
-        one.scores.append(Score('transfer', '8/255', 'Linf', 8 / 255, 30 + (one is ours), 100))
+        one.scores.append(Score('transfer', 30 + (one is ours), 100, 'Linf', 8 / 255))
         one.settings['transfer'] = {'steps': 20, 'source_sha256': source}
     text = make_card(entry(report=ours, twin=theirs, nets={'a' * 64: 'plain'})).text
     assert '| 100 | 31.00 | 30.00 |' in text, 'in bold neither'
@@ -138,10 +138,10 @@ def test_images_of_different_nets_are_not_compared():
 def test_stages_of_autoattack_that_tell_nothing_new_are_left_out():
     one, other = report(), report()
     assert '| AutoAttack Linf 8/255 after apgd-ce | 50 | 4.00 |' in comparison([one])
-    one.score('autoattack', '8/255 after apgd-ce').correct = 1
+    one.score('autoattack', '8/255', stage='apgd-ce').correct = 1
     assert 'apgd-ce' not in comparison([one])
     assert 'apgd-ce' in comparison([one, other]), 'it tells something of the other'
-    one.scores.append(Score('deepfool', '1 iterations', 'L2', None, 60, 100))
+    one.scores.append(Score('deepfool', 60, 100, 'L2', iteration=1))
     assert '| DeepFool L2 1 iteration |' in comparison([one])
 
 
@@ -149,9 +149,7 @@ def test_curves_in_rows_of_three(tmp_path):
     one = report()
     for attack in ('fgsm', 'pgd', 'pgd_l2', 'noise'):
         norm = ATTACKS[attack].norm
-        one.scores += [
-            Score(attack, str(radius), norm, radius, 30, 100, masked=attack == 'pgd') for radius in (0.1, 0.2)
-        ]
+        one.scores += [Score(attack, 30, 100, norm, radius, masked=attack == 'pgd') for radius in (0.1, 0.2)]
     draw_curves([one, report('twin')], tmp_path / 'curves.svg')
     svg = (tmp_path / 'curves.svg').read_text()
     assert len(re.findall(r'id="axes_\d+"', svg)) == 5
@@ -177,7 +175,7 @@ def gallery(tmp_path):
     for name, clean, masked in (('b', 80, False), ('a', 90, True)):
         (tmp_path / name).mkdir()
         made_up = report(name, clean, masked)
-        made_up.scores.append(Score('noise', '8/255', '', 8 / 255, 60, 100))
+        made_up.scores.append(Score('noise', 60, 100, '', 8 / 255))
         made_up.score('fgsm', '8/255').correct = 0
         (tmp_path / name / 'results.json').write_text(json.dumps({'repo': f'me/{name}', 'report': made_up.to_dict()}))
     write_gallery(tmp_path)
@@ -277,8 +275,7 @@ def test_the_cards_in_the_repository_are_those_of_the_bundled_weights(tmp_path, 
             assert (tmp_path / name / file).read_text() == (SITE / name / file).read_text(), (
                 'timm-batchout publish --all'
             )
-        clean = Report.load(SITE.parent / 'recipes' / 'paper' / 'reports' / f'{name}.json').score('clean')
-        assert clean.correct == card['test']['clean']['correct']
+        assert json.loads((SITE / name / 'results.json').read_text())['sha256'] == card['sha256']
         shutil.copy(SITE / name / 'curves.svg', tmp_path / name)  # how it is drawn is matplotlib's affair
     write_gallery(tmp_path)
     for file in ('README.md', 'index.html'):

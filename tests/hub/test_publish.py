@@ -21,7 +21,7 @@ from .loopback import LoopbackHub
 
 pytestmark = pytest.mark.hub
 PACKAGE = Path(timm_batchout.__file__).parent
-REPORTS = Path(__file__).parents[2] / 'recipes' / 'paper' / 'reports'
+REPORTS = PACKAGE / 'zoo' / 'weights'
 
 
 def python(code, hub, home, token=None, package=PACKAGE, **variables):
@@ -75,7 +75,7 @@ def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images):
     code = f"""{SCORE}
 for name in {list(bundled_cards())!r}: score(name, {str(images)!r}).save(Path({str(tmp_path)!r}) / f'{{name}}.json')
 """
-    code += publish('--all', 'true', '--reports', tmp_path, '--cards', cards, times=2)
+    code += publish('--all', 'true', '--cards', cards, times=2)
     output = python(code, hub, tmp_path / 'a', 'hf_owner')
     assert output.count('pushed: README.md, config.json, results.json, curves.svg, model.safetensors') == 6
     assert output.count('nothing has changed: nothing was pushed') == 6, 'the second time'
@@ -98,15 +98,15 @@ for info in HfApi().list_models(author='timm-batchout'):
     assert all(torch.equal(value, there[key]) for key, value in model.state_dict().items()) and len(there) > 6
     default = timm.create_model(name, pretrained=True)  # by its own name: from the Hub, for want of the file
     assert all(torch.equal(value, there[key]) for key, value in default.state_dict().items())
-    print(json.dumps([name, [[s.attack, s.variant, s.correct, s.n] for s in report.scores]]))
+    print(json.dumps([name, [[s.attack, s.radius, s.correct, s.n] for s in report.scores]]))
 """
     lines = [
         json.loads(line) for line in python(code, hub, tmp_path / 'b', package=slim).splitlines() if line[0] == '['
     ]
     assert {name for name, _ in lines} == set(bundled_cards())
     for name, scores in lines:
-        card = json.loads((cards / name / 'results.json').read_text())['report']
-        assert scores == [[s['attack'], s['variant'], s['correct'], s['n']] for s in card['scores']]
+        report = Report.load(tmp_path / f'{name}.json')  # of the weights that were published, before they were
+        assert scores == [[s.attack, s.radius, s.correct, s.n] for s in report.scores]
 
     # The server is down: what is cached loads, the rest fails at once and says so.
     hub.stop()

@@ -131,7 +131,7 @@ def test_the_intervals_of_differences():
 
 def test_differences_stand_as_they_are():
     def figure(*nets):
-        scores = [{'attack': 'clean', 'variant': '', 'n': 10**6}]
+        scores = [{'attack': 'clean', 'radius': None, 'iteration': None, 'stage': '', 'corruption': '', 'n': 10**6}]
         return {
             'nets': [
                 {

@@ -22,7 +22,8 @@ from timm_batchout.pixels import PixelModel
 from timm_batchout.robustness import Report, comparison, evaluate
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
-from timm_batchout.robustness.report import Score, wilson
+from timm_batchout.robustness.report import Score, Variant, wilson
+from timm_batchout.robustness.tables import table
 
 foolbox = pytest.importorskip('foolbox')
 ALL = ['fgsm', 'pgd', 'pgd_l2', 'deepfool', 'ddn', 'noise', 'corruptions']
@@ -113,9 +114,9 @@ def test_a_report_of_everything(net, digits, tmp_path):
     assert report.score('pgd', '0.2').correct <= report.score('fgsm', '0.2').correct
     assert report.score('noise', '0.05').correct >= report.score('fgsm', '0.05').correct
     assert report.score('ddn', '0.5').correct >= report.score('ddn', '2').correct
-    assert report.score('ddn', 'any distance').correct == 0
-    assert 0.1 < report.score('ddn', 'any distance').median_distance < 5
-    iterations = [report.score('deepfool', f'{i} iterations').correct for i in range(1, 6)]
+    assert report.score('ddn').correct == 0
+    assert 0.1 < report.score('ddn').median_distance < 5
+    iterations = [report.score('deepfool', iteration=i).correct for i in range(1, 6)]
     assert iterations == sorted(iterations, reverse=True) and iterations[-1] < 40
     assert report.audit['verdict'] == 'no sign of it.' and not any(score.masked for score in report.scores)
 
@@ -126,7 +127,7 @@ def test_a_report_of_everything(net, digits, tmp_path):
     assert 'foolbox' in saved['environment'] and 'pyautoattack' not in saved['environment']
     assert saved['indices'] == 'the first n of torch.randperm(60), seed 0'
     assert len(saved['weights_sha256']) == 64
-    assert f'| clean | {100 * right / 60:.2f} (' in report.table()
+    assert f'| clean | {100 * right / 60:.2f} (' in table(report)
 
 
 def test_layers_keep_their_modes(net, linear, digits):
@@ -285,14 +286,15 @@ def test_masked_figures_are_marked_and_never_best(net, digits):
         for name, model in (('honest', net), ('masking', Scaled(net, 1e4)))
     )
     assert masking.score('pgd', '0.05').masked and not masking.score('noise', '0.05').masked
-    deepfool = ('deepfool', '5 iterations')
-    assert masking.score(*deepfool).correct == honest.score(*deepfool).correct, 'the margin knows no scale'
-    assert not masking.score(*deepfool).masked
-    assert evaluate(Quantised(net), *digits, ['deepfool'], audit=True).score(*deepfool).masked
+    assert masking.score('deepfool', iteration=5).correct == honest.score('deepfool', iteration=5).correct, (
+        'the margin knows no scale'
+    )
+    assert not masking.score('deepfool', iteration=5).masked
+    assert evaluate(Quantised(net), *digits, ['deepfool'], audit=True).score('deepfool', iteration=5).masked
     assert masking.score('pgd', '0.05').correct > honest.score('pgd', '0.05').correct
-    assert 'PGD Linf 0.05 (masked)' in masking.table() and 'LIKELY' in masking.table()
-    table = comparison([honest, masking])
-    row = next(line for line in table.splitlines() if line.startswith('| PGD Linf 0.05 | 60 |'))
+    assert 'PGD Linf 0.05 (masked)' in table(masking) and 'LIKELY' in table(masking)
+    compared = comparison([honest, masking])
+    row = next(line for line in compared.splitlines() if line.startswith('| PGD Linf 0.05 | 60 |'))
     assert f'| **{100 * honest.score("pgd", "0.05").accuracy:.2f}** |' in row and row.endswith('(masked) |')
 
 
@@ -348,31 +350,31 @@ def test_nothing_to_check(net, digits):
     wrong = (net(pixels(digits[0])).argmax(1) + 1) % 10
     report = evaluate(net, digits[0], wrong, audit=True)
     assert report.audit['verdict'] == 'nothing to check: no image was classified right.'
-    assert report.audit['n'] == 0 and not report.score('fgsm', '8/255').masked and 'LIKELY' not in report.table()
+    assert report.audit['n'] == 0 and not report.score('fgsm', '8/255').masked and 'LIKELY' not in table(report)
 
 
 def test_orders_that_cannot_be():
     def found(*scores, right=None):
         return suspicions(FINE, [Score(*score) for score in scores], right)
 
-    assert found(('fgsm', '.1', 'Linf', 0.1, 5, 100), ('fgsm', '.2', 'Linf', 0.2, 40, 100)) == [
+    assert found(('fgsm', 5, 100, 'Linf', 0.1), ('fgsm', 40, 100, 'Linf', 0.2)) == [
         'accuracy under fgsm rises with the radius'
     ]
     for strong, weak in (
         ('pgd', 'fgsm'), ('autoattack', 'fgsm'), ('autoattack', 'pgd'), ('pgd', 'transfer'), ('autoattack', 'transfer'),
         ('autoattack_l2', 'pgd_l2'), ('ddn', 'pgd_l2'),
     ):  # fmt: skip
-        weaker = (weak, '.1', 'Linf', 0.1, 5, 100)
-        assert found(weaker, (strong, '0.10', 'Linf', 0.1, 40, 100)) == [f'{weak} at .1 does more than {strong}']
-        assert found(weaker, (strong, '.1', 'Linf', 0.1, 9, 100)) == [], 'within the tolerance'
-        assert found(weaker, (strong, '.05', 'Linf', 0.05, 40, 100)) == [], 'another radius'
-    on_fewer = [('fgsm', '.1', 'Linf', 0.1, 2, 4), ('pgd', '.1', 'Linf', 0.1, 2, 2)]
-    right = {('fgsm', '.1'): [1] * 20 + [0] * 20, ('pgd', '.1'): [1] * 20}
+        weaker = (weak, 5, 100, 'Linf', 0.1)
+        assert found(weaker, (strong, 40, 100, 'Linf', 0.1)) == [f'{weak} at 0.1 does more than {strong}']
+        assert found(weaker, (strong, 9, 100, 'Linf', 0.1)) == [], 'within the tolerance'
+        assert found(weaker, (strong, 40, 100, 'Linf', 0.05)) == [], 'another radius'
+    on_fewer = [('fgsm', 2, 4, 'Linf', 0.1), ('pgd', 2, 2, 'Linf', 0.1)]
+    right = {('fgsm', Variant(0.1)): [1] * 20 + [0] * 20, ('pgd', Variant(0.1)): [1] * 20}
     assert found(*on_fewer, right=right) == [], 'of the images that both were run on, as many withstand both'
-    right['fgsm', '.1'] = [0] * 9 + [1] * 31
+    right['fgsm', Variant(0.1)] = [0] * 9 + [1] * 31
     assert found(*on_fewer, right=right) == [], 'nine of twenty: chance'
-    right['fgsm', '.1'] = [0] * 10 + [1] * 30
-    assert found(*on_fewer, right=right) == ['fgsm at .1 does more than pgd']
+    right['fgsm', Variant(0.1)] = [0] * 10 + [1] * 30
+    assert found(*on_fewer, right=right) == ['fgsm at 0.1 does more than pgd']
 
 
 def test_autoattack(net, digits):
@@ -383,14 +385,14 @@ def test_autoattack(net, digits):
     assert torch.equal(torch.get_rng_state(), state)
     assert report.score('autoattack', '0.05').correct <= report.score('pgd', '0.05').correct
     stages = [
-        report.score('autoattack', f'0.05 after {stage}').correct for stage in ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+        report.score('autoattack', '0.05', stage=stage).correct for stage in ('apgd-ce', 'apgd-t', 'fab-t', 'square')
     ]
     assert stages == sorted(stages, reverse=True) and stages[-1] == report.score('autoattack', '0.05').correct
     two = nn.Sequential(nn.Flatten(), nn.Linear(784, 2)).eval()
     quick = {'autoattack_l2': {'stages': ['apgd-ce', 'apgd-t', 'fab-t']}}  # without 5,000 queries
     labels = two(pixels(images[:4])).argmax(1)
     few = evaluate(two, images[:4], labels, ['autoattack_l2'], eps_l2=['0.1'], settings=quick)
-    assert ('autoattack_l2', '0.1') in {score.key for score in few.scores}
+    assert ('autoattack_l2', Variant(0.1)) in {score.key for score in few.scores}
 
 
 def test_transfer(net, linear, digits):
@@ -570,8 +572,8 @@ def test_attacks_with_images_and_radii_of_their_own(net, digits):
     report = evaluate(net, *digits, ['fgsm', 'pgd', 'ddn'], ['0.05', '0.2'], settings=settings, batch_size=4)
     counts = {score.key: score.n for score in report.scores}
     assert counts == {
-        ('clean', ''): 60, ('fgsm', '0.05'): 60, ('fgsm', '0.2'): 60, ('pgd', '0.1'): 7, ('ddn', '1'): 5,
-        ('ddn', 'any distance'): 5,
+        ('clean', Variant()): 60, ('fgsm', Variant(0.05)): 60, ('fgsm', Variant(0.2)): 60,
+        ('pgd', Variant(0.1)): 7, ('ddn', Variant(1.0)): 5, ('ddn', Variant()): 5,
     }  # fmt: skip
     alone = evaluate(net, *digits, ['pgd'], ['0.1'], n=7, settings={'pgd': {'steps': 3}}, batch_size=4)
     assert alone.score('pgd', '0.1') == report.score('pgd', '0.1')

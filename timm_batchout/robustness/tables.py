@@ -93,7 +93,8 @@ def title(score: Score) -> str:
 
 
 def _name(attack: str, variant: Variant) -> str:
-    return ' '.join(filter(None, [attack_title(attack), describe(variant)]))
+    minimal = attack in ATTACKS and ATTACKS[attack].norm and variant == Variant()  # without a radius: DDN's own
+    return ' '.join(filter(None, [attack_title(attack), 'any distance' if minimal else describe(variant)]))
 
 
 def attack_title(attack: str) -> str:

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_batchout import BatchOut, BatchOutConfig, batchout, gaussian_noise
-from timm_batchout.functional import _StraightThrough
+from timm_batchout import BatchOut, BatchOutConfig, batchout, functional, gaussian_noise
 
 METHODS = [batchout, gaussian_noise]
 SHAPES = [(6,), (6, 5), (6, 4, 3), (6, 3, 4, 5), (7, 2, 3, 3, 2)]
@@ -187,13 +186,13 @@ def test_nothing_is_saved_for_backward(method):
 
 def test_nothing_is_kept_alive_for_backward(monkeypatch):
     targets = []
-    apply = _StraightThrough.apply
+    push = functional._push
 
     def spy(x, target, *rest):
         targets.append(weakref.ref(target))
-        return apply(x, target, *rest)
+        return push(x, target, *rest)
 
-    monkeypatch.setattr(_StraightThrough, 'apply', spy)
+    monkeypatch.setattr(functional, '_push', spy)
     out = batchout(torch.randn(6, 4, requires_grad=True))
     assert out.grad_fn is not None and targets[0]() is None
 
@@ -458,3 +457,17 @@ def test_half_model_does_not_round_eta():
     assert layer.eta_high.dtype == torch.float32
     x = torch.randn(8, 2, dtype=torch.float16)
     assert layer(x).dtype == torch.float16
+
+
+def test_k_is_the_decimal_that_was_written():
+    x = torch.randn(100, 2)
+    torch.manual_seed(0)
+    out = batchout(x, k=0.29, eta=0.5)
+    assert torch.equal(out[29:], x[29:]) and (out[:29] != x[:29]).any(1).sum() >= 25
+    shares = [(share / 100, m) for share in range(1, 100) for m in (100, 128, 1000)]
+    wrong = [
+        (k, m)
+        for k, m in shares
+        if functional._num_augmented(torch.empty(m), k, 0.1, True, 'first') != round(100 * k) * m // 100
+    ]
+    assert wrong == []

@@ -12,7 +12,7 @@ import torchvision
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_batchout import BatchOut, BatchOutConfig, add_batchout, batchout_sites, remove_batchout
+from timm_batchout import BatchOut, BatchOutConfig, add_batchout, batchout, batchout_sites, remove_batchout
 from timm_batchout.sites import activation_sites
 
 
@@ -137,8 +137,8 @@ def test_gaussian_noise_can_be_hooked_instead(net, images):
         (dict(eta={'act9': 0.1}), r"'act9' matches no site.*act1, act2, act3"),
         (dict(eta={'act1': 0.1, 'gate': 0.1}), "'gate' matches no site"),
         (dict(sites=['blocks.*']), "'blocks.*' matches no"),
-        (dict(sites=[]), 'no site in common'),
-        (dict(sites=['act1'], eta={'act2': 0.1}), 'no site in common'),
+        (dict(sites=[]), 'no common site'),
+        (dict(sites=['act1'], eta={'act2': 0.1}), 'no common site'),
     ],
 )
 def test_a_pattern_that_matches_nothing_leaves_the_model_untouched(net, config, message):
@@ -283,3 +283,112 @@ def test_import_is_light():
 
 def test_layer_type_is_public(net):
     assert all(isinstance(layer, BatchOut) for layer in batchout_sites(add_batchout(net)).values())
+
+
+class Reused(nn.Module):
+    """Reads a pre-activation again that its in-place ReLU has overwritten, as some of timm's nets do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = self.conv(x)
+        out = self.act(x)
+        return out + x
+
+
+def test_with_eta_to_zero_a_net_that_reuses_an_overwritten_tensor_is_the_plain_net():
+    net, x = Reused().train(), torch.randn(6, 3, 8, 8)
+    plain = net(x)
+    assert torch.equal(add_batchout(net, eta=1e-12)(x), plain)
+
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('noise', ['batchout', 'gaussian'])
+@pytest.mark.parametrize('select', ['first', 'random'])
+def test_an_inplace_activation_changes_neither_outputs_nor_gradients(inplace, noise, select):
+    results = []
+    for act in (nn.ReLU(), nn.ReLU(inplace)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act, nn.Flatten(), nn.Linear(144, 3))
+        add_batchout(net, eta=(0, 0.5), noise=noise, select=select).train()
+        out = net(torch.rand(6, 3, 8, 8))
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in net.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_functional_transforms_see_the_gradient_of_backward():
+    from torch.func import functional_call, grad, jvp, vjp, vmap
+
+    torch.manual_seed(0)
+    net = add_batchout(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), eta=0.3).train()
+    x, parameters = torch.rand(6, 4), {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters):
+        torch.manual_seed(1)
+        return functional_call(net, parameters, (x,)).square().sum()
+
+    torch.manual_seed(1)
+    net(x).square().sum().backward()
+    expected = {name: p.grad for name, p in net.named_parameters()}
+    found = grad(loss)(parameters)
+    (pulled,) = vjp(loss, parameters)[1](torch.tensor(1.0))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(pulled, expected)
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    slope = jvp(loss, (parameters,), (direction,))[1]
+    torch.testing.assert_close(slope, sum((expected[name] * direction[name]).sum() for name in expected))
+    stacked = {name: torch.stack([p, p]) for name, p in parameters.items()}
+    both = vmap(grad(loss), randomness='same')(stacked)
+    torch.testing.assert_close({name: g[1] for name, g in both.items()}, expected)
+
+
+def test_activations_and_blocks_may_be_called_with_keywords():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(input=self.fc(x))
+
+    net, x = Keyword().train(), torch.rand(6, 4)
+    plain = net(x)
+    add_batchout(net, eta=0.5)
+    torch.manual_seed(0)
+    by_keyword = net(x)
+    torch.manual_seed(0)
+    assert torch.equal(by_keyword, torch.relu(batchout(net.fc(x), eta=0.5))) and not torch.equal(by_keyword, plain)
+
+
+def test_reset_classifier_keeps_the_site_of_an_mlp_head():
+    model = timm.create_model('caformer_s18', num_classes=10)
+    add_batchout(model, eta=(0, 0.2))
+    before = list(batchout_sites(model))
+    model.reset_classifier(5)
+    assert list(batchout_sites(model)) == before and model.num_classes == 5
+    copied = copy.deepcopy(model)
+    copied.reset_classifier(7)
+    assert (copied.num_classes, model.num_classes) == (7, 5), 'the copy resets its own head'
+    assert list(batchout_sites(copied)) == before
+    assert 'reset_classifier' not in vars(remove_batchout(model)) and not batchout_sites(model)
+    model.reset_classifier(3)
+    assert not batchout_sites(model)
+
+
+def test_positions_first_attention_is_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.GELU())
+    with pytest.raises(ValueError, match='positions first'):
+        add_batchout(layer)
+    assert not layer.activation._forward_pre_hooks
+    first = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, activation=nn.GELU(), batch_first=True)
+    assert list(batchout_sites(add_batchout(first))) == ['activation']
+
+
+def test_a_config_or_keywords_but_not_both():
+    net = add_batchout(Net(), eta=(0, 0.2), sites=['act1'])
+    assert {name: layer.eta for name, layer in batchout_sites(net).items()} == {'act1': (0.0, 0.2)}
+    with pytest.raises(ValueError, match='config and eta'):
+        add_batchout(Net(), BatchOutConfig(), eta=0.2)

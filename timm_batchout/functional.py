@@ -6,45 +6,29 @@ toward other samples of the same batch; the push is a constant to backward; at t
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 __all__ = ['batchout', 'gaussian_noise']
 
 Eta = float | tuple[float, float] | Tensor | tuple[Tensor, Tensor]
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The push, as a constant: backward hands the upstream gradient itself to ``x``. Nothing is saved for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
-        if chosen is not None:
-            return _push(x, target, weight, chosen)
-        n = target.shape[0]
-        if torch.compiler.is_compiling():  # dynamo takes no out= with other strides; the compiler fuses the copy away
-            out = x.clone()
-            out[:n].lerp_(target, weight)
-            return out
-        out = torch.empty_like(x)
-        torch.lerp(x[:n], target, weight, out=out[:n])  # a third less memory traffic than clone and overwrite
-        out[n:] = x[n:]
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return grad, None, None, None
-
-
-def _push(x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None) -> Tensor:
-    """Eq. 3, ``(1 - eta) * x_j + eta * target_j``, for the chosen samples (None: the first ones); differentiable."""
-    out = x.clone()  # keeps the strides, where cat and index_copy would not
-    if chosen is not None:
-        return out.index_copy_(0, chosen, torch.lerp(x[chosen], target, weight))
-    n = target.shape[0]
-    out[:n] = torch.lerp(x[:n], target, weight)
+def _push(
+    x: Tensor, target: Tensor, weight: Tensor | float, chosen: Tensor | None, stop_gradient: bool, inplace: bool
+) -> Tensor:
+    """Eq. 3, ``(1 - eta) * x_j + eta * target_j``, for the chosen samples (None: the first ones)."""
+    out = x if inplace else x.clone()  # keeps the strides, where cat would not
+    # What is not recorded is a constant to backward, and to forward-mode AD: both see the identity.
+    recorded = torch.is_grad_enabled() and not stop_gradient
+    with torch.set_grad_enabled(recorded), _set_fwd_grad_enabled(not stop_gradient):
+        if chosen is None:
+            out[: target.shape[0]].lerp_(target, weight)
+        else:
+            out.index_copy_(0, chosen, torch.lerp(x.index_select(0, chosen), target, weight))
     return out
 
 
@@ -57,6 +41,7 @@ def batchout(
     per_sample: bool = True,
     select: Literal['first', 'random'] = 'first',
     stop_gradient: bool = True,
+    inplace: bool = False,
 ) -> Tensor:
     """Push ``floor(k * m)`` of the m samples toward other samples of the batch: ``x_j + eta * (x_r - x_j)``.
 
@@ -73,10 +58,11 @@ def batchout(
         select: Augment the 'first' samples of the batch, as in the paper, or a 'random' choice of them.
         stop_gradient: Treat the push as a constant in backward (paper, section 6.1): the gradient w.r.t. ``x`` is
             the upstream gradient, for every sample. False differentiates through the push, as a control.
+        inplace: Overwrite ``x``. Before an in-place activation, which would overwrite it anyway.
 
     Returns:
-        A new tensor with the shape, dtype, device and (for dense ``x``) strides of ``x``; ``x`` itself where there
-        is nothing to do: not training, ``m == 1``, ``floor(k * m) == 0`` or a constant eta of 0.
+        A new tensor with the shape, dtype, device and (for dense ``x``) strides of ``x``. ``x`` itself if ``inplace``
+        is set or nothing is to be done: not training, ``m == 1``, ``floor(k * m) == 0`` or a constant eta of 0.
 
     Raises:
         ValueError: k outside [0, 1]; eta negative, not finite, or a pair with low > high; unknown ``select``.
@@ -88,10 +74,8 @@ def batchout(
     partners = torch.randint(m, (n,), device=x.device)
     weight = _draw_eta(eta, n if per_sample else 1, x)
     chosen = None if select == 'first' else torch.randperm(m, device=x.device)[:n]
-
-    if stop_gradient:
-        return _StraightThrough.apply(x, x.detach()[partners], weight, chosen)
-    return _push(x, x[partners], weight, chosen)
+    x_r = (x.detach() if stop_gradient else x).index_select(0, partners)  # a copy: read before x changes
+    return _push(x, x_r, weight, chosen, stop_gradient, inplace)  # x_j + eta * (x_r - x_j)
 
 
 def gaussian_noise(
@@ -103,6 +87,7 @@ def gaussian_noise(
     per_sample: bool = True,
     select: Literal['first', 'random'] = 'first',
     stop_gradient: bool = True,
+    inplace: bool = False,
 ) -> Tensor:
     """The paper's random baseline (Eq. 5): ``x_j + eta * ||x_j||_2 * n / ||n||_2`` with ``n ~ N(0, I)``.
 
@@ -119,9 +104,7 @@ def gaussian_noise(
     noise = torch.randn_like(clean)
     # A push toward a point at distance ||x_j||. Norms in float32 at least: half-precision squares overflow.
     target = clean + (_sample_norm(clean) / _sample_norm(noise)).to(x.dtype) * noise
-    if stop_gradient:
-        return _StraightThrough.apply(x, target, weight, chosen)
-    return _push(x, target, weight, chosen)
+    return _push(x, target, weight, chosen, stop_gradient, inplace)
 
 
 def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -> int:
@@ -135,7 +118,7 @@ def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -
     if x.ndim == 0 or x.shape[0] <= 1 or (isinstance(eta, (int, float)) and eta == 0):
         return 0
     top, bottom = float(k).as_integer_ratio()  # k exactly, as a constant that torch.compile does not make symbolic
-    return int(top / bottom * x.shape[0])
+    return int(top / bottom * x.shape[0] + 1e-9)  # 0.29 of 100 is 29, though the binary 0.29 is a little less
 
 
 def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:

@@ -1,7 +1,9 @@
 """BatchOut into any net, by forward pre-hooks: same parameters, state_dict keys and eval logits."""
 
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from functools import update_wrapper
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +17,11 @@ __all__ = ['add_batchout', 'batchout_sites', 'remove_batchout']
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
 
-def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
+def add_batchout(model: ModelT, config: BatchOutConfig | None = None, **options: Any) -> ModelT:
     """Hook BatchOut before the activations of a net (or its blocks or stages), in place.
 
-    A sample is an image: where a block folds the windows of an image into the batch dimension, all of them are pushed
-    toward the windows of one partner image.
+    The leading dimension of every augmented tensor must be the batch. A sample is an image: where a block folds the
+    windows of an image into the batch dimension, all of them are pushed toward the windows of one partner image.
 
     Attach before ``torch.compile``: hooks added after the first compiled call never fire.
 
@@ -27,30 +29,67 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None) -> ModelT:
         model: Any net with activation modules (``nn.ReLU``, ``nn.GELU``, timm's own, ...). ``sites='block'`` and
             'stage' need timm's ``group_matcher``.
         config: What to hook in, and where. None: the paper's k = 0.5 with eta = 0.1 at every activation.
+        **options: Fields of ``BatchOutConfig`` in place of a config: ``add_batchout(model, eta=(0, 0.1))``.
 
     Returns:
         The same model, to chain.
 
     Raises:
         ValueError: The model has BatchOut already, is compiled or scripted, or has no site of the kind asked for; a
-            pattern in ``config.sites`` or ``config.eta`` matches no site. The model is left untouched.
+            pattern in ``config.sites`` or ``config.eta`` matches no site; attention around a site takes positions
+            first. The model is left untouched.
     """
-    config = BatchOutConfig() if config is None else config
+    if config is not None and options:
+        raise ValueError(f'Give a config or keywords, not both: got a config and {", ".join(options)}.')
+    config = BatchOutConfig(**options) if config is None else config
     if any(map(_is_compiled, model.modules())):
         raise ValueError('The model is compiled or scripted, so new hooks would never fire. Call add_batchout first.')
     if batchout_sites(model):
         raise ValueError('This model has BatchOut already. Call remove_batchout(model) first to change it.')
     sites = _find_sites(model, config)
     etas = _eta_by_site(config, list(sites))  # checks every pattern before the first hook is added
+    _check_batch_first(model, list(etas))
     counts = {}
     for name, block in windowed_blocks(model):  # before the sites: the block itself may be one
         counts[f'{name}.'] = count = ImageCount()
         block.register_forward_pre_hook(count.pre_hook)
     for name, eta in etas.items():
-        layer = _layer(replace(config, eta=eta))
-        layer.images = next((count for prefix, count in counts.items() if f'{name}.'.startswith(prefix)), None)
-        sites[name].register_forward_pre_hook(layer.pre_hook)
+        images = next((count for prefix, count in counts.items() if f'{name}.'.startswith(prefix)), None)
+        _hook(sites[name], config, eta, images)
+    if hasattr(model, 'reset_classifier'):
+        model.reset_classifier = _ResetClassifier(model, config)  # type: ignore[assignment]
     return model
+
+
+def _hook(site: nn.Module, config: BatchOutConfig, eta: Any, images: ImageCount | None = None) -> None:
+    layer = BatchOut(
+        config.k,
+        eta,
+        config.noise,
+        per_sample=config.per_sample,
+        select=config.select,
+        stop_gradient=config.stop_gradient,
+    )
+    layer.images = images
+    site.register_forward_pre_hook(layer.pre_hook, with_kwargs=True)
+
+
+class _ResetClassifier:
+    """``reset_classifier`` of a net with BatchOut: the activation inside a new MLP head gets BatchOut as well."""
+
+    def __init__(self, model: nn.Module, config: BatchOutConfig):
+        self.model, self.config = model, config
+        update_wrapper(self, type(model).reset_classifier)  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        type(self.model).reset_classifier(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+        if self.config.sites in ('block', 'stage'):
+            return
+        known = batchout_sites(self.model)
+        for name, site in activation_sites(self.model).items():
+            eta = _eta_of(self.config, name)
+            if name not in known and eta is not None:
+                _hook(site, self.config, eta)
 
 
 def remove_batchout(model: ModelT) -> ModelT:
@@ -61,6 +100,9 @@ def remove_batchout(model: ModelT) -> ModelT:
     """
     for _, module, hook_id, _ in _hooks(model, (BatchOut, ImageCount)):
         del module._forward_pre_hooks[hook_id]
+        module._forward_pre_hooks_with_kwargs.pop(hook_id, None)
+    if isinstance(vars(model).get('reset_classifier'), _ResetClassifier):
+        del model.reset_classifier
     remembered: Any = getattr(model, '_model_args', None)
     if remembered:
         ours = {field.name for field in fields(BatchOutConfig)}
@@ -102,30 +144,38 @@ def _find_sites(model: nn.Module, config: BatchOutConfig) -> dict[str, nn.Module
     return sites
 
 
-def _eta_by_site(config: BatchOutConfig, names: list[str]) -> dict[str, object]:
-    """Site name -> eta, in the net's order, for the sites that the config asks for."""
-    wanted = list(names)
-    if not isinstance(config.sites, str):
-        chosen = {name for pattern in config.sites for name in match_sites(pattern, names)}
-        wanted = [name for name in names if name in chosen]
-    etas = dict.fromkeys(wanted, config.eta)
-    if isinstance(config.eta, dict):
-        etas = {name: eta for pattern, eta in config.eta.items() for name in match_sites(pattern, names)}
-    chosen_etas = {name: etas[name] for name in wanted if name in etas}
-    if not chosen_etas:
-        raise ValueError(f'sites={config.sites!r} and eta={config.eta!r} have no site in common: name one at least.')
-    return chosen_etas
+def _check_batch_first(model: nn.Module, names: list[str]) -> None:
+    """Raise where the leading dimension is known not to be the batch: BatchOut would mix positions of one sample."""
+    for prefix, module in model.named_modules():
+        attention = [child for child in module.children() if isinstance(child, nn.MultiheadAttention)]
+        inside = [name for name in names if name.startswith(f'{prefix}.' if prefix else '')]
+        if inside and any(not child.batch_first for child in attention):
+            raise ValueError(
+                f'{prefix or type(model).__name__} takes positions first (batch_first=False), so BatchOut at '
+                f'{inside[0]!r} would mix the positions of each sample. Build it with batch_first=True, or name other '
+                'activations in sites.'
+            )
 
 
-def _layer(config: BatchOutConfig) -> BatchOut:
-    return BatchOut(
-        config.k,
-        config.eta,
-        config.noise,
-        per_sample=config.per_sample,
-        select=config.select,
-        stop_gradient=config.stop_gradient,
-    )
+def _eta_by_site(config: BatchOutConfig, names: list[str]) -> dict[str, Any]:
+    """Site name -> eta, in the net's order, for the sites that the config asks for; every pattern must match one."""
+    patterns = [] if isinstance(config.sites, str) else list(config.sites)
+    for pattern in [*patterns, *(config.eta if isinstance(config.eta, dict) else ())]:
+        match_sites(pattern, names)
+    etas = {name: _eta_of(config, name) for name in names}
+    chosen = {name: eta for name, eta in etas.items() if eta is not None}
+    if not chosen:
+        raise ValueError(f'sites={config.sites!r} and eta={config.eta!r} select no common site.')
+    return chosen
+
+
+def _eta_of(config: BatchOutConfig, name: str) -> Any:
+    """The eta of a site; None where the config leaves it out."""
+    if not isinstance(config.sites, str) and not any(fnmatchcase(name, pattern) for pattern in config.sites):
+        return None
+    if not isinstance(config.eta, dict):
+        return config.eta
+    return next((eta for pattern, eta in reversed(config.eta.items()) if fnmatchcase(name, pattern)), None)
 
 
 def _hooks(model: nn.Module, owners: tuple[type, ...]) -> Iterator[tuple[str, nn.Module, int, Any]]:

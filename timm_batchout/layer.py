@@ -133,7 +133,7 @@ class BatchOut(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.augment(x, self.training)
 
-    def augment(self, x: Tensor, training: bool) -> Tensor:
+    def augment(self, x: Tensor, training: bool, inplace: bool = False) -> Tensor:
         if not training or not self.active:
             return x
         return _METHODS[self.noise](
@@ -143,26 +143,32 @@ class BatchOut(nn.Module):
             per_sample=self.per_sample,
             select=self.select,
             stop_gradient=self.stop_gradient,
+            inplace=inplace,
         )
 
-    def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Forward pre-hook of an activation. A bound method, so that copies of a net carry copies of it."""
-        # The hooked module's own flag: this object is no submodule of the net, so train() and eval() pass it by.
+    def pre_hook(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook (``with_kwargs``) of an activation. A bound method, so that copies of a net copy it."""
+        # The hooked module's own flag: this object is no submodule of the net, so train() and eval() do not reach it.
         if not module.training:
-            return args
-        x = args[0] if args else None
+            return None
+        name = '' if args else next(iter(kwargs), '')
+        x = args[0] if args else kwargs.get(name)
         if not isinstance(x, Tensor):
             raise TypeError(
                 f'{type(module).__name__} takes a {type(x).__name__}, not one tensor, so BatchOut cannot augment its '
                 "input. Use sites='act', or a list of activations by name or glob; before torch.fx, eval mode or "
                 'remove_batchout(model).'
             )
+        # An in-place activation overwrites its input. A net may use it once more, and then must find the same tensor.
+        inplace = getattr(module, 'inplace', False) is True
         count = x.shape[0] if self.images is None else self.images.on(x.device)
         if count == x.shape[0]:
-            return (self.augment(x, True), *args[1:])
-        # (images * windows, ...): all windows of an image are pushed toward the same windows of its partner.
-        windows = x.unflatten(0, (count, -1))
-        return (self.augment(windows, True).flatten(0, 1), *args[1:])
+            x = self.augment(x, True, inplace)
+        else:  # (images * windows, ...): all windows of an image are pushed toward the same windows of its partner
+            x = self.augment(x.unflatten(0, (count, -1)), True, inplace).flatten(0, 1)
+        return (args, {**kwargs, name: x}) if name else ((x, *args[1:]), kwargs)
 
     def extra_repr(self) -> str:
         control = '' if self.stop_gradient else ', stop_gradient=False'

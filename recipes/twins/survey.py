@@ -115,10 +115,38 @@ def examine(arch: str, compiled: bool = False, memory: float = math.inf, side: i
         grads = [p.grad for p in twin.parameters() if p.grad is not None]
         finite = [bool(torch.isfinite(tensor).all()) for tensor in (*outputs, *grads)]
         record['backward_finite'] = bool(grads) and all(finite)
+        del twin, outputs, grads
+        record['limit_equal'] = limit_equal(arch, record)
     if compiled:
         record['compiled'] = _compiles(f'batchout_{arch}', arch, model_args, images)
     record['seconds'] = round(time.perf_counter() - started, 1)
     return record
+
+
+def limit_equal(arch: str, record: dict[str, Any]) -> bool:
+    """With eta -> 0 the training forward of the twin is that of the plain net, to the bit.
+
+    It is not where a net reads a pre-activation again that its in-place activation should have overwritten.
+    """
+    _, channels, side, _ = record['input']
+    images = torch.rand(IMAGES, channels, side, side, generator=torch.Generator().manual_seed(0))
+    resized = {'img_size': side} if _is_resized(arch, side) else {}
+    outputs = []
+    for name, eta in ((arch, {}), (f'batchout_{arch}', {'eta': 1e-12})):
+        model = _create(name, {**resized, **record.get('reduced', {}), **eta}, 'cpu').train()
+        for module in model.modules():
+            if 'drop' in type(module).__name__.lower():
+                module.eval()  # BatchOut draws random numbers, too, so that dropout would draw others
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outputs.append(_tensors(model(images)))
+        del model
+    return all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def _is_resized(arch: str, side: int) -> bool:
+    cfg = timm.models.get_pretrained_cfg(arch)
+    return bool(cfg and cfg.fixed_input_size and side != cfg.input_size[-1])
 
 
 def exceptions(record: dict[str, Any]) -> list[str]:
@@ -286,9 +314,10 @@ def _pushes() -> Iterator[dict[int, list[tuple[int, set[int]]]]]:
     seen: dict[int, list[tuple[int, set[int]]]] = {}
     augment = BatchOut.augment
 
-    def spy(self: BatchOut, x: Tensor, training: bool) -> Tensor:
-        out = augment(self, x, training)
-        changed = set() if x.is_meta else set((out != x).flatten(1).any(1).nonzero()[:, 0].tolist())
+    def spy(self: BatchOut, x: Tensor, training: bool, inplace: bool = False) -> Tensor:
+        before = x.detach().clone() if inplace else x
+        out = augment(self, x, training, inplace)
+        changed = set() if x.is_meta else set((out != before).flatten(1).any(1).nonzero()[:, 0].tolist())
         seen.setdefault(id(self), []).append((len(x), changed))
         return out
 
@@ -327,12 +356,14 @@ def _work(connection: Any, memory: float) -> None:
     torch.set_num_threads(1)
     while (job := connection.recv()) is not None:
         try:
-            connection.send(examine(*job, memory))
+            arch, compiled, record = job
+            known = record | {'limit_equal': limit_equal(arch, record)} if record else examine(arch, compiled, memory)
+            connection.send(known)
         except Exception as error:
             connection.send({'family': _model_to_module[job[0]], 'error': _first_line(error)})
 
 
-def _walk(jobs: list[tuple[str, bool]], workers: int, memory: float, done: Callable[[str, dict], None]) -> None:
+def _walk(jobs: list[tuple[str, bool, dict]], workers: int, memory: float, done: Callable[[str, dict], None]) -> None:
     """Examine all on several processes; one that is killed (by want of memory, say) costs its own net only."""
     context = multiprocessing.get_context('spawn')
     running: dict[Any, tuple[Any, str]] = {}
@@ -400,7 +431,7 @@ def main() -> None:
         text = {'summary': summary, 'environment': environment(), 'architectures': records}
         write_atomically(arguments.output, json.dumps(text, indent=1) + '\n')
 
-    def walk(archs: list[str], compiled: bool) -> None:
+    def walk(archs: list[str], compiled: bool, add_to: dict[str, dict[str, Any]]) -> None:
         with tqdm(total=len(archs), unit='net') as progress:
 
             def done(arch: str, record: dict[str, Any]) -> None:
@@ -411,14 +442,18 @@ def main() -> None:
                 if progress.n % 20 == 0:
                     save()
 
-            jobs = [(arch, compiled) for arch in reversed(archs)]
+            jobs = [(arch, compiled, add_to.get(arch, {})) for arch in reversed(archs)]
             _walk(jobs, arguments.workers, arguments.memory * 2**30 / arguments.workers, done)
         save()
 
-    walk(todo, compiled=False)
+    walk(todo, compiled=False, add_to={})
+    lacking = {
+        a: r for a, r in known.items() if r.get('device') == 'cpu' and 'limit_equal' not in r and 'error' not in r
+    }
+    walk(list(lacking), compiled=False, add_to=lacking)
     # Again, compiled, the smallest net of every family: only now are the sizes known.
     smallest = [arch for arch in representatives(known).values() if not arguments.only or arch in wanted]
-    walk([arch for arch in smallest if 'compiled' not in known[arch]], compiled=True)
+    walk([arch for arch in smallest if 'compiled' not in known[arch]], compiled=True, add_to={})
 
 
 if __name__ == '__main__':

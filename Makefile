@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow quality style wheel clean
+.PHONY: demo test coverage test-slow quality style wheel clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -13,6 +13,9 @@ demo: .venv/installed
 	$(BIN)/python recipes/demo.py
 
 test: .venv/installed
+	$(BIN)/python -m pytest --numprocesses=auto
+
+coverage: .venv/installed
 	$(BIN)/python -m pytest --numprocesses=auto --cov=timm_batchout --cov-report=term
 
 test-slow: .venv/installed

@@ -1,10 +1,13 @@
 """Scores of nets whose right answer is known on paper."""
 
 import pytest
+import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from timm_batchout.pixels import PixelModel, format_radius, parse_epsilon
+from timm_batchout.pixels import PixelModel, format_radius, normalization, parse_epsilon
 from timm_batchout.robustness import evaluate
 
 
@@ -73,3 +76,15 @@ def test_pixel_model_normalises():
 def test_bad_epsilon(epsilon):
     with pytest.raises(ValueError, match='epsilon'):
         parse_epsilon(epsilon)
+
+
+@pytest.mark.parametrize(
+    'wrap', [nn.DataParallel, ModelEmaV3, AveragedModel, lambda m: nn.DataParallel(AveragedModel(m))]
+)
+def test_normalisation_is_found_inside_wrappers(wrap):
+    net = timm.create_model('test_resnet')
+    assert normalization(wrap(net)) == normalization(net) == (net.pretrained_cfg['mean'], net.pretrained_cfg['std'])
+
+
+def test_a_net_that_states_no_normalisation_takes_plain_pixels():
+    assert normalization(Threshold()) == ((0.0,), (1.0,))

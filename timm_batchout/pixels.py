@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['PixelModel', 'fgsm', 'format_radius', 'frozen', 'gradient_sign', 'modes_kept', 'parse_epsilon', 'seeded']
+__all__ = [
+    'PixelModel',
+    'fgsm',
+    'format_radius',
+    'frozen',
+    'gradient_sign',
+    'modes_kept',
+    'normalization',
+    'parse_epsilon',
+    'seeded',
+]
 
 
 class PixelModel(nn.Module):
@@ -18,7 +28,7 @@ class PixelModel(nn.Module):
 
     Args:
         model: Any classifier. It is set to eval mode; a training loop sets the mode that it needs.
-        cfg: Gives ``mean`` and ``std`` per channel; None: the model's ``pretrained_cfg``, where it has one.
+        cfg: Gives ``mean`` and ``std`` per channel; None: ``normalization(model)``.
 
     Shape:
         Images (B, C, H, W), floating, in [0, 1] pixels; to float32 logits (B, classes).
@@ -30,13 +40,31 @@ class PixelModel(nn.Module):
     def __init__(self, model: nn.Module, cfg: dict[str, Any] | None = None):
         super().__init__()
         self.model = model
-        cfg = cfg or getattr(model, 'pretrained_cfg', None) or {}
-        self.register_buffer('mean', torch.tensor(cfg.get('mean', (0.0,))).view(-1, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(cfg.get('std', (1.0,))).view(-1, 1, 1), persistent=False)
+        mean, std = (cfg['mean'], cfg['std']) if cfg else normalization(model)
+        self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model((images - self.mean) / self.std).float()
+
+
+def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel that a model expects: training, validation and evaluation all ask here.
+
+    Args:
+        model: A timm model, or one inside ``DataParallel``, ``ModelEmaV3``, ``AveragedModel``, ``torch.compile`` and
+            other wrappers that hold it as ``module``.
+
+    Returns:
+        ``mean`` and ``std`` of its ``pretrained_cfg``; ``(0.0,)`` and ``(1.0,)`` for a model that states none, whose
+        input is plain [0, 1] pixels.
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module) and not getattr(inner, 'pretrained_cfg', None):
+        inner = getattr(inner, '_orig_mod', None) or getattr(inner, 'module', None)
+    cfg = getattr(inner, 'pretrained_cfg', None) or {}
+    return tuple(cfg.get('mean') or (0.0,)), tuple(cfg.get('std') or (1.0,))
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:

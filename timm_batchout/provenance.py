@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ['environment', 'write_atomically']
+__all__ = ['environment', 'free_space', 'write_atomically']
 
 PACKAGES = ('timm-batchout', 'torch', 'timm', 'accelerate')
 
@@ -50,3 +51,9 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def free_space(error: Exception, folder: Path) -> str:
+    """A failed write in words: torch and safetensors do not say that a disk is full."""
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f'{first_line} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free)'

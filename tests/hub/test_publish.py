@@ -70,6 +70,7 @@ def hub(tmp_path):
         yield hub
 
 
+@pytest.mark.slow
 def test_the_zoo_to_the_hub_and_back(hub, tmp_path, images):
     cards = tmp_path / 'cards'
     code = f"""{SCORE}

@@ -17,6 +17,7 @@ def reproduce(folder, figure, *arguments):
     return main([*command, '--data', '{mnist: {name: digits}}', *arguments])
 
 
+@pytest.mark.slow
 def test_figures_of_the_digits(tmp_path, capsys):
     assert reproduce(tmp_path, '2', '--seeds', '[0, 1]', '--deepfool_images', '20') == 0
     figure = json.loads((tmp_path / 'fig2.json').read_text())

@@ -250,7 +250,7 @@ def test_a_checkpoint_of_other_processes_batches_or_optimizer_is_refused(tmp_pat
     class Two:
         num_processes = 2
 
-    with pytest.raises(ValueError, match='of a run on 1 processes, this is one on 2: go on with 1'):
+    with pytest.raises(ValueError, match='was written by 1 process; resume with 1, not 2'):
         restore_checkpoint(Two, newest_checkpoint(killed), prepared().progress, None)
 
 
@@ -305,14 +305,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, alone, monkeypatch, 
     output = tmp_path / 'run'
     assert main(arguments(tmp_path, output)) == 2
     error = capsys.readouterr().err
-    assert 'No space left on device' in error and 'step_000000028 is the last one' in error
+    assert 'No space left on device' in error and f'The last one is {output}/checkpoints/step_000000028' in error
     assert sorted(path.name for path in (output / 'checkpoints').iterdir()) == ['step_000000014', 'step_000000028']
     monkeypatch.undo()
     assert resume(tmp_path, output) == alone
 
 
 @pytest.mark.parametrize('damage', ['truncated', 'tampered', 'missing', 'unsealed'])
-def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, alone, killed, damage):
+def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, alone, killed, damage):
     output = shutil.copytree(killed, tmp_path / 'run')
     *_, before, newest = sorted((output / 'checkpoints').glob('step_*'))
     file = newest / ('sha256.json' if damage == 'unsealed' else 'optimizer.bin')
@@ -323,10 +323,10 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, alone, killed, 
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         file.unlink()
-    with pytest.warns(UserWarning, match=rf'{newest.name} is damaged .*{file.name}'):
+    with pytest.warns(UserWarning, match=rf'Skipping damaged checkpoint .*{newest.name}: .*{file.name}'):
         assert newest_checkpoint(output) == before
     if damage == 'truncated':
-        with pytest.warns(UserWarning, match='is damaged'):
+        with pytest.warns(UserWarning, match='Skipping damaged'):
             assert resume(tmp_path, output) == alone
 
 
@@ -337,7 +337,10 @@ def test_a_run_that_never_saved_leaves_a_folder_to_start_in(tmp_path, monkeypatc
     monkeypatch.undo()
     assert main(arguments(tmp_path, tmp_path / 'run', epochs=1)) == 0
     assert main(arguments(tmp_path, tmp_path / 'run', epochs=1)) == 2
-    assert 'is not empty' in capsys.readouterr().err
+    assert (
+        'already contains a run (best.safetensors, model.safetensors, result.json): resume it'
+        in capsys.readouterr().err
+    )
 
 
 def test_the_recorded_recipe_repeats_the_run(tmp_path, alone, killed):

@@ -1,6 +1,7 @@
 """Training on real data: scikit-learn's digits, whole runs of the command line, resumed runs, and bad input."""
 
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -19,11 +20,14 @@ from timm_batchout import batchout_sites
 from timm_batchout.cli.main import main, parse
 from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.memory import Split, TensorLoader, load_data, load_split
-from timm_batchout.pixels import fgsm
+from timm_batchout.data.workers import input_cfg
+from timm_batchout.pixels import fgsm, normalization
 from timm_batchout.robustness import Report
 from timm_batchout.training.config import ObjectiveConfig, TrainConfig, read_recipe
 from timm_batchout.training.objectives import make_objective
+from timm_batchout.training.run_folder import RunFolder
 
+PGD = ['--objective.name', 'pgd', '--objective.epsilon']
 DIGITS = ['--data.name', 'digits', '--batch_size', '64', '--schedule.warmup_epochs', '0.5']
 
 
@@ -47,7 +51,8 @@ def lines(output):
 
 def test_run_folder(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        'best.safetensors', 'checkpoints', 'config.yaml', 'metrics.jsonl', 'model.safetensors', 'result.json',
+        '.timm-batchout-run', 'best.safetensors', 'checkpoints', 'config.yaml', 'metrics.jsonl', 'model.safetensors',
+        'result.json',
     ]  # fmt: skip
     result = json.loads((finished / 'result.json').read_text())
     assert result['metrics']['test_n'] == 360
@@ -123,7 +128,7 @@ def test_resume_refuses_a_changed_recipe_and_nothing_to_resume(finished, tmp_pat
 def test_a_used_output_folder_is_refused(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob('*')}
     assert run(finished) == 2
-    assert 'not empty' in capsys.readouterr().err
+    assert 'already contains a run' in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in finished.rglob('*')} == before
 
 
@@ -263,7 +268,7 @@ def test_image_folder_and_tar_hold_the_same_images(tmp_path):
         (['--data.name', 'imagenet'], 'imagenet'),
         (['--data.name', 'mnist', '--data.root', 'nowhere'], "'nowhere' (data.root)"),
         (['--data.name', 'image_folder', '--data.root', 'nowhere'], "'nowhere' (data.root)"),
-        (['--objective.name', 'fgsm'], 'objective.epsilon is in [0, 1] pixels'),
+        (['--objective.name', 'fgsm'], 'objective.epsilon must be positive for fgsm'),
         (
             ['--model', 'cifar_vgg'],
             'The images have 1 channels, the model takes 3 by its mean: set model_args.in_chans=1',
@@ -285,6 +290,127 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, 
     assert error.startswith('error: ')
     assert any(part in error for part in message.split('|'))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--optimizer.lr', '.nan'], 'optimizer.lr must be a finite number, got nan'),
+        (['--optimizer.weight_decay', '.inf'], 'optimizer.weight_decay must be a finite number, got inf'),
+        (['--optimizer.momentum', '.nan'], 'optimizer.momentum must be a finite number'),
+        (['--augment.mixup', '.nan'], 'augment.mixup must be a finite number'),
+        (['--schedule.decay_rate', '.nan'], 'schedule.decay_rate must be a finite number'),
+        ([*PGD, '-0.1'], 'objective.epsilon must be positive for pgd'),
+        ([*PGD, '8'], 'divide 8-bit values by 255'),
+        ([*PGD, '0.1', '--objective.steps', '0'], 'objective.steps must be at least 1, got 0'),
+        ([*PGD, '0.1', '--objective.epsilon_warmup', '2'], 'objective.epsilon_warmup is a share in [0, 1], got 2'),
+        ([*PGD, '0.1', '--robust_val.steps', '0'], 'robust_val.steps must be at least 1, got 0'),
+        ([*PGD, '0.1', '--augment.mixup', '0.2'], 'Mixup and CutMix mix labels'),
+        (['--objective.name', 'fgsm', '--objective.norm', 'L2', '--objective.epsilon', '0.1'], "L2 goes with 'pgd'"),
+        (['--model_args', '{num_classes: 1000000000000000}'], 'cannot be made with model_args'),
+    ],
+)
+def test_numbers_out_of_range_are_named(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert run('out', *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+class Plain(nn.Module):
+    """A registered net that states no normalisation, and uses one module twice."""
+
+    def __init__(self, num_classes=1000, shared=False, **kwargs):
+        super().__init__()
+        self.num_classes = num_classes
+        self.first = nn.Linear(784, 784)
+        self.again = self.first if shared else nn.Identity()
+        self.act1 = nn.ReLU()
+        self.head = nn.Linear(784, num_classes)
+
+    def forward(self, x):
+        return self.head(self.act1(self.again(self.first(x.flatten(1)))))
+
+
+@pytest.fixture
+def plain_net(monkeypatch):
+    """``plain_net`` among timm's models, for one test."""
+    from timm.models import _registry
+
+    def plain_net(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, **kwargs):
+        return Plain(**kwargs)
+
+    monkeypatch.setitem(_registry._model_entrypoints, 'plain_net', plain_net)
+    monkeypatch.setitem(_registry._model_to_module, 'plain_net', __name__)
+    return 'plain_net'
+
+
+def test_a_net_without_pretrained_cfg_is_trained_and_scored_on_the_same_pixels(tmp_path, plain_net, capsys):
+    output = tmp_path / 'run'
+    assert run(output, '--model', plain_net, '--epochs', '1') == 0
+    assert 'num_classes=10 from the data' in capsys.readouterr().out
+    assert yaml.safe_load((output / 'config.yaml').read_text())['model_args'] == {'num_classes': 10}
+    result = json.loads((output / 'result.json').read_text())
+    model = timm.create_model(plain_net, num_classes=10)
+    model.load_state_dict(load_file(output / 'model.safetensors'))
+    assert normalization(model) == ((0.0,), (1.0,))
+    assert input_cfg(model, DataConfig('digits'))['mean'] == (0.0,)
+    split = load_split(DataConfig('digits'), train=False)
+    right = int((model.eval()(split.images / 255).argmax(1) == split.labels).sum())
+    assert right == result['metrics']['test_correct'] > 180  # half of 360
+    assert run(output, '--model', plain_net, '--epochs', '1', '--resume') == 0
+
+
+def test_a_net_that_uses_a_module_twice_is_saved_and_resumed(tmp_path, plain_net):
+    output = tmp_path / 'run'
+    arguments = ('--model', plain_net, '--model_args', '{shared: true, num_classes: 10}', '--optimizer.lr', '1e-4')
+    assert run(output, *arguments, '--epochs', '1') == 0
+    weights = load_file(output / 'model.safetensors')
+    assert torch.equal(weights['first.weight'], weights['again.weight'])
+    assert (output / 'model.safetensors').stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert run(output, *arguments, '--epochs', '2', '--resume', '--allow-changes') == 0
+    assert run(tmp_path / 'whole', *arguments, '--epochs', '2', '--schedule.warmup_epochs', '0.5') == 0
+    assert [line['epoch'] for line in lines(output)] == [1, 2]
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_fewer_epochs_than_were_trained_end_with_a_validation(tmp_path):
+    output = tmp_path / 'run'
+    assert run(output, '--epochs', '3', '--eval_epochs', '3', '--checkpoint.keep', '3') == 0
+    shutil.rmtree(max((output / 'checkpoints').iterdir()))
+    assert run(output, '--epochs', '2', '--eval_epochs', '3', '--resume', '--allow-changes') == 0
+    assert 0 < json.loads((output / 'result.json').read_text())['metrics']['val_accuracy'] <= 1
+
+
+def test_training_stops_when_robust_accuracy_no_longer_rises(tmp_path):
+    """With a learning rate of almost nothing no epoch beats the first."""
+    patient = ['--robust_val.patience', '2', '--robust_val.images', '20', '--optimizer.lr', '1e-12']
+    assert run(tmp_path / 'run', *PGD, '0.1', '--objective.steps', '1', '--epochs', '9', *patient) == 0
+    assert len(lines(tmp_path / 'run')) == 3
+
+
+@pytest.mark.parametrize('files', [['config.yaml', 'best.safetensors', 'result.json'], ['notes.txt'], ['config.yaml']])
+def test_somebody_elses_folder_is_left_alone(tmp_path, capsys, files):
+    for name in files:
+        (tmp_path / name).write_text('mine')
+    for resume in ([], ['--resume', 'auto']):
+        assert run(tmp_path, *resume) == 2
+        assert 'choose another --output' in capsys.readouterr().err.lower()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(files, 'mine')
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(tmp_path, capsys):
+    folder = RunFolder(tmp_path / 'run')
+    folder.claim(TrainConfig(output=str(tmp_path / 'run')))
+    assert run(tmp_path / 'run', '--epochs', '1') == 2
+    assert 'Another process is training into' in capsys.readouterr().err
+    folder.release()
+    assert run(tmp_path / 'run', '--epochs', '1') == 0
 
 
 def test_unknown_key_in_a_recipe_names_the_nearest(tmp_path, capsys):

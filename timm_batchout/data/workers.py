@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
+from timm_batchout.pixels import normalization
 
 __all__ = ['TimmLoader', 'TimmSplit', 'input_cfg', 'load_timm_splits']
 
@@ -151,8 +152,12 @@ def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSpli
 
 
 def input_cfg(model: nn.Module, config: DataConfig) -> dict[str, Any]:
-    """What the model's ``pretrained_cfg`` says of its input (``timm.data.resolve_model_data_config``), resized."""
+    """What the model's ``pretrained_cfg`` says of its input (``timm.data.resolve_model_data_config``), resized.
+
+    Mean and std are those of ``normalization``: timm would give ImageNet's to a net that states none.
+    """
     cfg = resolve_model_data_config(model)
+    cfg['mean'], cfg['std'] = normalization(model)
     if config.image_size:
         cfg['input_size'] = (cfg['input_size'][0], config.image_size, config.image_size)
     return cfg

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -12,13 +13,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import load as accelerate_load
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from timm_batchout.provenance import write_atomically
+from timm_batchout.provenance import free_space, write_atomically
 
-__all__ = ['Progress', 'describe', 'newest_checkpoint', 'restore_checkpoint', 'save_checkpoint']
+__all__ = ['CHECKPOINTS', 'Progress', 'newest_checkpoint', 'restore_checkpoint', 'save_checkpoint']
 
+CHECKPOINTS = 'checkpoints'
 SEAL = 'sha256.json'
 PROGRESS, EMA = 'progress.pt', 'ema.pt'
 
@@ -61,12 +64,12 @@ class Progress:
 def save_checkpoint(
     accelerator: Accelerator, output: Path, progress: Progress, ema: nn.Module | None, forwards: int, keep: int
 ) -> None:
-    """All that the accelerator prepared, the progress and the moving average, in ``output/checkpoints/step_N``.
+    """Save all that the accelerator prepared, the progress and the moving average to ``output/checkpoints/step_N``.
 
     Raises:
         RuntimeError: It could not be written. Earlier checkpoints are intact.
     """
-    folder = output / 'checkpoints'
+    folder = output / CHECKPOINTS
     temporary = folder / 'unfinished'
     try:
         if accelerator.is_main_process:
@@ -82,32 +85,31 @@ def save_checkpoint(
                 torch.save(ema.state_dict(), temporary / EMA)
             write_atomically(temporary / SEAL, json.dumps(_hashes(temporary), indent=1))
             final = folder / f'step_{forwards:09d}'
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that a resumed run passed over
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that the resumed run has skipped
             temporary.rename(final)
-            for old in sorted(folder.glob('step_*'))[:-keep]:
+            for old in _ours(folder)[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = max(folder.glob('step_*'), default=None)
-        rest = f'{last} is the last one' if last else 'there is no earlier one'
+        last = max(_ours(folder), default=None)
+        rest = f'The last one is {last}' if last else 'No earlier one exists'
         raise RuntimeError(
-            f'A checkpoint could not be written to {folder}: {describe(error, output)}. {rest}.'
+            f'A checkpoint could not be written to {folder}: {free_space(error, output)}. {rest}.'
         ) from error
 
 
-def describe(error: Exception, folder: Path) -> str:
-    """A failed write, in words: torch and safetensors do not say that a disk is full."""
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f'{first_line} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free)'
+def _ours(folder: Path) -> list[Path]:
+    """The checkpoints by age, the oldest first; other names in that folder are somebody else's."""
+    return sorted(path for path in folder.glob('step_*') if re.fullmatch(r'step_\d{9}', path.name) and path.is_dir())
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are named in a warning and passed over."""
-    for checkpoint in sorted((output / 'checkpoints').glob('step_*'), reverse=True):
+    """The newest checkpoint whose files are what was written; damaged ones are skipped with a warning."""
+    for checkpoint in reversed(_ours(output / CHECKPOINTS)):
         damage = _damage(checkpoint)
         if not damage:
             return checkpoint
-        warnings.warn(f'{checkpoint} is damaged ({damage}) and is passed over.', stacklevel=2)
+        warnings.warn(f'Skipping damaged checkpoint {checkpoint}: {damage}.', stacklevel=2)
     return None
 
 
@@ -115,25 +117,30 @@ def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Pro
     """Load a checkpoint into what the accelerator prepared, the progress and the moving average.
 
     Raises:
-        ValueError: It is of another number of processes, or of a net, an optimizer or batches that it does not fit.
+        ValueError: It was written by another number of processes, contains pickled code, or is of a net, an optimizer
+            or batches that it does not fit.
     """
     with _clear_errors(checkpoint):
         state = torch.load(checkpoint / PROGRESS, map_location='cpu', weights_only=True)
     processes, forwards = state['losses'].shape
     if processes != accelerator.num_processes:
         raise ValueError(
-            f'{checkpoint} is of a run on {processes} processes, this is one on {accelerator.num_processes}: '
-            f'go on with {processes}.'
+            f'{checkpoint} was written by {processes} process{"es" * (processes > 1)}; resume with {processes}, not '
+            f'{accelerator.num_processes}.'
         )
     if forwards != progress.losses.shape[1]:
         if state['step']:
             raise ValueError(
-                f'{checkpoint} is within an epoch of {forwards} batches, now they are {progress.losses.shape[1]}: '
+                f'{checkpoint} lies within an epoch of {forwards} batches; this recipe has {progress.losses.shape[1]}. '
                 'batch_size and data can change between epochs only.'
             )
         state['losses'] = progress.losses
     with _clear_errors(checkpoint):
+        random_states = accelerate_load(checkpoint / f'random_states_{accelerator.process_index}.pkl')
         accelerator.load_state(str(checkpoint))
+        # Accelerate skips random states that it cannot load, and the run would end with other weights.
+        if not torch.equal(torch.get_rng_state(), random_states['torch_manual_seed']):
+            raise ValueError('its random states could not be loaded')
         if ema is not None:
             ema.load_state_dict(torch.load(checkpoint / EMA, map_location='cpu', weights_only=True))
     progress.load_state_dict(state)
@@ -144,10 +151,10 @@ def _clear_errors(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        raise ValueError(f'{checkpoint} holds what could run code, and is not read. Is it of this run?') from error
-    except (KeyError, ValueError, RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f'{checkpoint} contains pickled code and was not loaded. Is it of this run?') from error
+    except (EOFError, KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(
-            f'{checkpoint} does not fit this recipe ({error}): model, optimizer and ema_decay must stay.'
+            f'{checkpoint} does not fit this recipe ({error}): model, optimizer and ema_decay must stay the same.'
         ) from error
 
 
@@ -157,11 +164,13 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files; '' if nothing is."""
+    """What is wrong with the files of a checkpoint; '' if nothing is."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text())
         found = _hashes(checkpoint)
     except (OSError, ValueError) as error:
         return str(error)
+    if not isinstance(sealed, dict):
+        return f'{SEAL} holds {str(sealed)[:40]!r}, not the hashes of its files'
     changed = [name for name in sorted({*sealed, *found}) if sealed.get(name) != found.get(name)]
     return f'changed or missing: {", ".join(changed)}' if changed else ''

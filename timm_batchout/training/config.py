@@ -1,7 +1,8 @@
 """A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -194,6 +195,9 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise ValueError on a value out of range, before any work starts."""
+        for name, value in _floats(self):
+            if not math.isfinite(value):
+                raise ValueError(f'{name} must be a finite number, got {value}.')
         at_least = (
             ('epochs', self.epochs, 1), ('batch_size', self.batch_size, 2), ('accumulate', self.accumulate, 1),
             ('eval_batch_size', self.eval_batch_size, 1), ('eval_epochs', self.eval_epochs, 1),
@@ -232,10 +236,32 @@ class TrainConfig:
                 'schedule.decay_epochs and decay_rate must be positive, got '
                 f'{self.schedule.decay_epochs} and {self.schedule.decay_rate}.'
             )
-        if self.objective.name != 'plain' and not 0 < self.objective.epsilon <= 1:
+        self._validate_objective()
+
+    def _validate_objective(self) -> None:
+        objective, robust_val = self.objective, self.robust_val
+        for name, value, low in (
+            ('objective.steps', objective.steps, 1), ('objective.step_size', objective.step_size, 0),
+            ('objective.beta', objective.beta, 0), ('robust_val.images', robust_val.images, 0),
+            ('robust_val.steps', robust_val.steps, 1), ('robust_val.epsilon', robust_val.epsilon, 0),
+            ('robust_val.patience', robust_val.patience, 0),
+        ):  # fmt: skip
+            if value < low:
+                raise ValueError(f'{name} must be at least {low}, got {value}.')
+        if not 0 <= objective.epsilon_warmup <= 1:
+            raise ValueError(f'objective.epsilon_warmup is a share in [0, 1], got {objective.epsilon_warmup}.')
+        if objective.name == 'plain':
+            return
+        if objective.epsilon <= 0 or (objective.norm == 'Linf' and objective.epsilon > 1):
             raise ValueError(
-                f'objective.epsilon is in [0, 1] pixels and must be positive for {self.objective.name}, '
-                f'got {self.objective.epsilon}.'
+                f'objective.epsilon must be positive for {objective.name}, and an Linf radius at most 1 (pixels are in '
+                f'[0, 1]: divide 8-bit values by 255), got {objective.epsilon}.'
+            )
+        if objective.norm == 'Linf' and robust_val.epsilon > 1:
+            raise ValueError(f'robust_val.epsilon is in [0, 1] pixels, got {robust_val.epsilon}.')
+        if objective.norm == 'L2' and objective.name not in ('pgd', 'trades'):
+            raise ValueError(
+                f"objective.norm L2 goes with 'pgd' and 'trades'; {objective.name!r} steps in Linf: set norm to Linf."
             )
 
     def _validate_augment(self) -> None:
@@ -270,6 +296,16 @@ class TrainConfig:
     def recipe(self) -> dict[str, Any]:
         """What decides the result, and where the data was: for result files."""
         return {name: value for name, value in asdict(self).items() if name not in self.LAUNCH}
+
+
+def _floats(config: Any, prefix: str = '') -> Iterator[tuple[str, float]]:
+    """(dotted name, value) of every number in a config."""
+    for name, value in vars(config).items():
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float):
+                yield prefix + name, number
+        if is_dataclass(value):
+            yield from _floats(value, f'{prefix}{name}.')
 
 
 def read_recipe(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:

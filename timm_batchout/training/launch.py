@@ -11,6 +11,7 @@ run/result.json          test accuracy, recipe, seed, versions, hardware, sha256
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 
 import timm_batchout  # noqa: F401  (registers the zoo's models)
@@ -30,10 +31,10 @@ from timm_batchout.data.memory import Split, load_data
 from timm_batchout.data.workers import TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
 from timm_batchout.pixels import PixelModel
-from timm_batchout.provenance import write_atomically
-from timm_batchout.training.checkpoints import newest_checkpoint, restore_checkpoint
+from timm_batchout.training.checkpoints import restore_checkpoint
 from timm_batchout.training.config import TrainConfig
-from timm_batchout.training.trainer import RECIPE, Interrupted, Run, stop_signals
+from timm_batchout.training.run_folder import RunFolder, recipe_changes
+from timm_batchout.training.trainer import Interrupted, Run, stop_signals
 from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['Interrupted', 'recipe_changes', 'train']
@@ -53,34 +54,74 @@ def train(config: TrainConfig) -> dict[str, Any]:
     check_model_name(config.model)
     splits = load_data(config.data)
     accelerator = _accelerator(config)
-    # device_specific: ranks must not share their draws of partners and dropout masks.
-    set_seed(config.seed, device_specific=True)
-    try:
-        model = timm.create_model(config.model, **config.model_args)
-    except TypeError as error:
-        raise ValueError(f'{config.model} does not take these model_args: {error}') from error
+    config, model = _create_model(config, splits[0].classes, accelerator.is_main_process)
     _check_fit(config, model, splits[0])
     if config.batch_size * accelerator.num_processes > len(splits[0]):
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(splits[0])} images).')
     if config.dry_run:
         return _describe(config, model, splits[0])
-    output = Path(config.output)
-    checkpoint = _check_run_folder(output, config)
     run = Run(config, model, splits, accelerator)
-    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them fills it
-    if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / RECIPE, replace(config, resume=False, allow_changes=False).to_yaml())
-    if checkpoint:
-        restore_checkpoint(accelerator, checkpoint, run.progress, run.ema)
-    if config.trackers:
-        accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
-    with stop_signals(run):
-        while run.progress.epoch < config.epochs:
-            run.train_epoch()
-    result = run.finish()
-    accelerator.end_training()
+    folder = RunFolder(config.output)
+    with _claimed(folder, config, accelerator) as checkpoint:
+        if checkpoint:
+            restore_checkpoint(accelerator, checkpoint, run.progress, run.ema)
+        if accelerator.is_main_process:
+            folder.start(replace(config, resume=False, allow_changes=False))
+        if config.trackers:
+            accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
+        with stop_signals(run):
+            while run.progress.epoch < config.epochs and not run.overfits():
+                run.train_epoch()
+        result = run.finish()
+        accelerator.end_training()
     return result
+
+
+@contextmanager
+def _claimed(folder: RunFolder, config: TrainConfig, accelerator: Accelerator) -> Iterator[Path | None]:
+    """The run folder, locked by the main process for all; the checkpoint to resume from, None for a new run."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [folder.claim(config)]
+        except ValueError as error:
+            found = [error]
+    try:
+        if accelerator.num_processes > 1:
+            broadcast_object_list(found)
+        if isinstance(found[0], ValueError):
+            raise found[0]
+        yield found[0]
+    finally:
+        folder.release()
+
+
+def _create_model(config: TrainConfig, classes: int, say: bool) -> tuple[TrainConfig, nn.Module]:
+    """The model, with as many outputs as the data has classes unless ``num_classes`` is stated; and its recipe.
+
+    Args:
+        classes: Of the data; 0: it does not say.
+        say: Print the number of classes where the data decides it.
+    """
+    model = _seeded_model(config)
+    if classes and 'num_classes' not in config.model_args and int(model.num_classes) != classes:  # type: ignore[arg-type]
+        if say:
+            print(f'{config.model}: num_classes={classes} from the data (model_args.num_classes states another number)')
+        config = replace(config, model_args={**config.model_args, 'num_classes': classes})
+        model = _seeded_model(config)
+    return config, model
+
+
+def _seeded_model(config: TrainConfig) -> nn.Module:
+    # device_specific: ranks must not share their draws of partners and dropout masks.
+    set_seed(config.seed, device_specific=True)
+    try:
+        return timm.create_model(config.model, **config.model_args)
+    except TypeError as error:
+        raise ValueError(f'{config.model} does not take these model_args: {error}') from error
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f'{config.model} cannot be made with model_args={config.model_args}: {reason}') from error
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
@@ -151,8 +192,9 @@ def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) 
             PixelModel(model, cfg)(images)
     except (RuntimeError, AssertionError) as error:  # timm's ViTs assert the size
         raise ValueError(
-            f'The model does not take images of shape {list(images.shape[1:])}: {error}. Set model_args.in_chans '
-            'and model_args.img_size, or choose other data.'
+            f'The model does not take images of shape {list(images.shape[1:])}: {error}. Set '
+            f'{"data.image_size" if isinstance(split, TimmSplit) else "model_args.img_size"} and model_args.in_chans, '
+            'or choose other data.'
         ) from error
     model.train()
 
@@ -162,61 +204,6 @@ def _two_images(cfg: dict[str, Any], split: Split | TimmSplit) -> Tensor:
     if isinstance(split, Split):
         return split.images[:2].float() / 255
     return torch.zeros(2, *cfg['input_size'])
-
-
-def _check_run_folder(output: Path, config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; None for a new run, whose folder must be free."""
-    checkpoint = newest_checkpoint(output) if config.resume else None
-    if not config.resume:
-        if output.exists() and any(output.iterdir()) and not _never_saved(output):
-            raise ValueError(f'{str(output)!r} is not empty. Choose another --output, or go on with --resume.')
-        return None
-    if checkpoint is None:
-        if config.resume == 'auto':
-            return None
-        raise ValueError(f'Nothing to resume: {str(output)!r} holds no sound checkpoint. Start without --resume.')
-    changes = recipe_changes(yaml.safe_load((output / RECIPE).read_text()), config)
-    if changes and not config.allow_changes:
-        raise ValueError(
-            'The recipe differs from that of the run to resume (--allow-changes resumes all the same):\n'
-            + '\n'.join(changes)
-        )
-    for line in changes:
-        if line.split(':')[0].strip() in ('model', 'optimizer.name'):
-            raise ValueError(f'This cannot change within a run: start a new one.\n{line}')
-    return checkpoint
-
-
-def _never_saved(output: Path) -> bool:
-    """A run began here and ended before its first checkpoint: there is nothing to lose, and nothing to resume."""
-    kept = [*output.glob('checkpoints/step_*'), *output.glob('model.safetensors')]
-    return (output / RECIPE).is_file() and not kept
-
-
-def recipe_changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """Where a config asks for another run than the saved recipe; fields that it is older than have their defaults."""
-    default = yaml.safe_load(TrainConfig().to_yaml())
-    return [
-        f'  {name}: saved {was!r}, asked for {now!r}'
-        for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
-        if name not in config.LAUNCH
-    ]
-
-
-def _filled(saved: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    """The saved recipe, with defaults for what it does not have."""
-    inner = {key: _filled(saved[key], value) for key, value in default.items() if isinstance(saved.get(key), dict)}
-    return {**default, **saved, **inner}
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) wherever two configs differ."""
-    for key in dict.fromkeys([*a, *b]):
-        was, now = a.get(key), b.get(key)
-        if isinstance(was, dict) and isinstance(now, dict):
-            yield from _differences(was, now, f'{prefix}{key}.')
-        elif was != now:
-            yield prefix + key, was, now
 
 
 def _describe(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> dict[str, Any]:

@@ -1,20 +1,15 @@
 """A model in training, from step to step: forward, backward, update, validation, checkpoint."""
 
-import hashlib
-import json
 import shlex
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import timm.optim
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
@@ -25,15 +20,15 @@ from timm_batchout.data.memory import Split, TensorLoader, data_label
 from timm_batchout.data.workers import TimmLoader, TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
 from timm_batchout.pixels import PixelModel, seeded
-from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.training.checkpoints import Progress, describe, newest_checkpoint, save_checkpoint
+from timm_batchout.provenance import environment
+from timm_batchout.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.objectives import make_objective, robust_correct
+from timm_batchout.training.run_folder import RECIPE, RunFolder
 from timm_batchout.training.validate import score
 
-__all__ = ['RECIPE', 'Interrupted', 'Run', 'stop_signals']
+__all__ = ['Interrupted', 'Run', 'stop_signals']
 
-RECIPE = 'config.yaml'
 LOOK_EVERY = 20  # forwards between two looks at the losses; at most so many updates between two at others' stop signals
 LOOK_SECONDS = 5  # between the latter
 
@@ -54,7 +49,8 @@ class Run:
     ):
         self.config = config
         self.accelerator = accelerator
-        self.output = Path(config.output)
+        self.folder = RunFolder(config.output)
+        self.output = self.folder.path
         self.objective = make_objective(config.objective, list(batchout_sites(model).values()))
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -147,6 +143,12 @@ class Run:
         self._check_losses()
         self._report(self._epoch_record())
         self._save()
+
+    def overfits(self) -> bool:
+        """Robust validation accuracy has not risen for ``robust_val.patience`` epochs; ``best.safetensors`` has it."""
+        patience = self.config.robust_val.patience
+        robust = [record['val_robust_accuracy'] for record in self.progress.metrics if 'val_robust_accuracy' in record]
+        return bool(patience and robust) and len(robust) - 1 - robust.index(max(robust)) >= patience
 
     def _how_to_go_on(self) -> str:
         command = shlex.join(['train', '--config', str(self.output / RECIPE), '--resume'])
@@ -302,8 +304,7 @@ class Run:
         self.accelerator.log(numbers, step=record['step'])
         if not self.accelerator.is_main_process:
             return
-        lines = ''.join(json.dumps(line) + '\n' for line in self.progress.metrics)
-        write_atomically(self.output / 'metrics.jsonl', lines)
+        self.folder.write_metrics(self.progress.metrics)
         line = f'epoch {record["epoch"]}/{self.config.epochs}  loss {record["train_loss"]:.3f}  '
         if 'val_accuracy' in record:
             line += f'val accuracy {record["val_accuracy"]:.4f}  '
@@ -327,6 +328,8 @@ class Run:
         """Test, write the weights and result.json; returns the latter."""
         test = score(self.weights, self.test_loader, self.accelerator, prefix='test_')
         metrics = self.progress.metrics
+        if 'val_accuracy' not in metrics[-1]:  # resumed with fewer epochs, from one that was not validated
+            metrics[-1] |= score(self.weights, self.val_loader, self.accelerator, prefix='val_')
         names = ('train_loss', 'val_accuracy', 'val_correct', 'val_n', 'val_loss')
         result = {
             'model': self.config.model,
@@ -339,7 +342,7 @@ class Run:
         }
         result['sha256'] = self._write_weights('model.safetensors')
         if self.accelerator.is_main_process:
-            write_atomically(self.output / 'result.json', json.dumps(result, indent=2) + '\n')
+            self.folder.write_result(result)
             accuracy = f'{test["test_accuracy"]:.4f} ({test["test_correct"]}/{test["test_n"]})'
             tqdm.write(f'test accuracy {accuracy} -> {self.output}')
         return result
@@ -348,22 +351,7 @@ class Run:
         """The plain net's state_dict as safetensors; returns the file's sha256, '' on all but the main process."""
         # Of all processes: with FSDP each holds a part.
         whole = self.ema.module.state_dict() if self.ema else self.accelerator.get_state_dict(self.model)
-        if not self.accelerator.is_main_process:
-            return ''
-        state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
-        path = self.output / name
-        temporary = path.with_suffix('.tmp')
-        try:
-            save_file(state_dict, temporary, metadata={'format': 'pt'})
-            temporary.rename(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            last = newest_checkpoint(self.output)
-            raise RuntimeError(
-                f'{path} could not be written: {describe(error, self.output)}. '
-                f'Make room, and go on with --resume from {last or "the start"}.'
-            ) from error
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return self.folder.write_weights(whole, name) if self.accelerator.is_main_process else ''
 
 
 @contextmanager

@@ -1,0 +1,204 @@
+"""The folder of a run: whose it is, what may be written to it, and where a run resumes.
+
+A folder is ours if it holds our mark, which is also the lock of the process that trains into it. Nothing is written to
+any other folder, unless it is empty.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timm_batchout.provenance import free_space, write_atomically
+from timm_batchout.training.checkpoints import CHECKPOINTS, newest_checkpoint
+from timm_batchout.training.config import TrainConfig
+
+__all__ = ['MARK', 'RECIPE', 'RunFolder', 'recipe_changes']
+
+MARK = '.timm-batchout-run'
+RECIPE = 'config.yaml'
+PATIENCE = 10  # seconds: the lock of a process that was killed is free when its data workers have ended, too
+
+
+class RunFolder:
+    """Where a run writes, one process at a time.
+
+    Args:
+        path: The folder; made by ``claim``.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock = FileLock(self.path / MARK)
+
+    def claim(self, config: TrainConfig) -> Path | None:
+        """Lock the folder for this run, and find the checkpoint that it resumes from.
+
+        Returns:
+            The newest sound checkpoint; None for a new run.
+
+        Raises:
+            ValueError: The folder belongs to somebody else, to another run, or to a process that is training into it;
+                nothing to resume; a recipe that differs from that of the run to resume. Nothing was changed.
+        """
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f'output {str(path)!r} is a file. Choose another --output.')
+        if config.resume and config.resume != 'auto' and not _checkpoints(path):
+            raise ValueError(f'Nothing to resume: {str(path)!r} holds no checkpoint. Start a new run without --resume.')
+        marked = (path / MARK).is_file()
+        if path.exists() and any(path.iterdir()) and not marked and not (config.resume and _checkpoints(path)):
+            raise ValueError(
+                f'{str(path)!r} is not empty and holds no run of timm-batchout. Choose another --output, or empty it.'
+            )
+        _check_free(path, config)  # before the lock, too: it would touch the mark
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=PATIENCE if config.resume else 0)
+        except Timeout as error:
+            raise ValueError(
+                f'Another process is training into {str(path)!r}. Wait until it ends, or choose another --output.'
+            ) from error
+        try:
+            return self._resumed_from(config)
+        except ValueError:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def _resumed_from(self, config: TrainConfig) -> Path | None:
+        path = self.path
+        _check_free(path, config)
+        _check_checkpoint_names(path)
+        if not _results(path):
+            return None
+        checkpoint = newest_checkpoint(path)
+        if checkpoint is None:
+            raise ValueError(
+                f'The run in {str(path)!r} cannot resume: its checkpoints are damaged, cannot be read, or were '
+                'deleted. Restore one, or move the folder away and start again.'
+            )
+        _check_recipe(path, config)
+        return checkpoint
+
+    def start(self, config: TrainConfig) -> None:
+        """Write the resolved recipe."""
+        write_atomically(self.path / RECIPE, config.to_yaml())
+
+    def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
+        write_atomically(self.path / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in metrics))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        write_atomically(self.path / 'result.json', json.dumps(result, indent=2) + '\n')
+
+    def write_weights(self, state_dict: Mapping[str, Tensor], name: str) -> str:
+        """Write a state_dict as safetensors; returns the sha256 of the file.
+
+        Raises:
+            RuntimeError: It could not be written; the earlier file is intact.
+        """
+        # Copies: safetensors refuses tensors that share memory, as those of modules that a net uses twice do.
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+        path = self.path / name
+        temporary = path.with_suffix('.tmp')
+        try:
+            save_file(tensors, temporary, metadata={'format': 'pt'})
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner can read
+            temporary.rename(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            checkpoint = newest_checkpoint(self.path)
+            raise RuntimeError(
+                f'{path} could not be written: {free_space(error, self.path)}. Make room, then resume with --resume'
+                f'{f" from {checkpoint}" if checkpoint else ""}.'
+            ) from error
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    return sorted((path / CHECKPOINTS).glob('step_*'))
+
+
+def _results(path: Path) -> list[Path]:
+    """What training has left in a run folder and must not lose."""
+    names = ('best.safetensors', 'model.safetensors', 'result.json')
+    return [*(path / name for name in names if (path / name).exists()), *_checkpoints(path)]
+
+
+def _check_free(path: Path, config: TrainConfig) -> None:
+    """Raise ValueError if a new run would overwrite the results of another one."""
+    kept = [file.name for file in _results(path)]
+    if kept and not config.resume:
+        remedy = 'resume it with --resume' if _checkpoints(path) else 'move or delete it'
+        raise ValueError(
+            f'{str(path)!r} already contains a run ({", ".join(kept[:3])}): {remedy}, or choose another --output.'
+        )
+
+
+def _check_checkpoint_names(path: Path) -> None:
+    for found in _checkpoints(path):
+        if re.fullmatch(r'step_\d{9}', found.name) and not found.is_dir():
+            raise ValueError(f'{str(found)!r} is a file where a checkpoint would be written. Move it away.')
+
+
+def _check_recipe(path: Path, config: TrainConfig) -> None:
+    """Raise ValueError unless a config asks for the run that is in this folder."""
+    recipe = path / RECIPE
+    try:
+        saved = yaml.safe_load(recipe.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = 'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'
+        raise ValueError(f'{str(recipe)!r} {reason}: restore it from the recipe that the run began with.') from error
+    if not isinstance(saved, dict):
+        raise ValueError(f'{str(recipe)!r} is damaged: it holds {str(saved)[:40]!r}, not a recipe. Restore it.')
+    changes = recipe_changes(saved, config)
+    if changes and not config.allow_changes:
+        raise ValueError(
+            'The recipe differs from that of the run to resume (--allow-changes resumes all the same):\n'
+            + '\n'.join(changes)
+        )
+    for line in changes:
+        if line.split(':')[0].strip() in ('model', 'optimizer.name'):
+            raise ValueError(f'This cannot change within a run; start a new one.\n{line}')
+
+
+def recipe_changes(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """Where a config asks for another run than the saved recipe; fields that the recipe lacks have their defaults."""
+    default = yaml.safe_load(TrainConfig().to_yaml())
+    return [
+        f'  {name}: saved {was!r}, asked for {now!r}'
+        for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
+        if name not in config.LAUNCH
+    ]
+
+
+def _filled(saved: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {key: _filled(saved[key], value) for key, value in default.items() if isinstance(saved.get(key), dict)}
+    return {**default, **saved, **inner}
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value in a, value in b) wherever two recipes differ."""
+    for key in dict.fromkeys([*a, *b]):
+        was, now = a.get(key), b.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from _differences(was, now, f'{prefix}{key}.')
+        elif was != now:
+            yield prefix + key, was, now

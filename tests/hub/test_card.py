@@ -82,7 +82,7 @@ def test_the_card_is_valid_and_tells_the_truth():
     lead = text.split('\n\n')[1]
     assert lead.startswith('**Accuracy: 2.0% under AutoAttack Linf 8/255 (n = 50); 80.0% clean. Gradient masking: no')
     assert text.count('no sign of it.') == 1, 'the verdict stands once'
-    assert '| FGSM Linf 8/255 | 100 | **20.00** | 20.00 (masked) |' in text, 'masked figures are never best'
+    assert '| FGSM Linf 8/255 | 100 | 20.00 | 20.00 (masked) |' in text, 'masked figures are never best, nor beaten'
     assert 'JPEG compression' in text and 'ab' * 32 in text
     assert "timm.create_model('hf-hub:me/net', pretrained=True)" in text
     assert 'pgd: {"steps": 20, "eps": ["2/255", "8/255"], "n": 50}\n' in text
@@ -101,7 +101,13 @@ def test_what_is_said_of_the_method():
     noise = card({**RECIPE, 'model_args': {'noise': 'gaussian', 'k': 0.25}})
     assert 'Gaussian feature noise' in noise and 'of 25% of each mini-batch' in noise and 'BatchOut: while' not in noise
     both = card({**RECIPE, 'objective': {'name': 'fgsm', 'epsilon': 0.1}})
-    assert 'BatchOut: while' in both and 'together with FGSM adversarial training' in both and 'epsilon 0.1' in both
+    assert (
+        'BatchOut: while' in both
+        and 'together with FGSM adversarial training' in both
+        and 'training epsilon Linf 0.1' in both
+    )
+    pgd = card({**RECIPE, 'objective': {'name': 'pgd', 'epsilon': 0.35, 'norm': 'Linf', 'steps': 5}}, batchout=False)
+    assert 'Method: PGD adversarial training (Madry et al., 2018), 5 steps for each mini-batch (training' in pgd
     plain = card(batchout=False)
     assert 'Method: plain training.' in plain and 'BatchOut adds no parameters' not in plain
     assert 'BatchOut adds no parameters' in card()
@@ -112,6 +118,13 @@ def test_what_is_said_of_the_method():
     assert 'BatchOut: while' in stock.text and 'plain timm loads it' in stock.text
     assert 'the package checks it' in card() and 'the package checks it' not in stock.text
     assert (stock.data.license, make_card(entry()).data.license) == ('mit', 'apache-2.0')
+
+
+def test_a_card_shows_only_what_its_own_model_was_measured_on():
+    twin = report('plain', clean=90)
+    twin.scores.append(Score('fgsm', 5, 100, norm='Linf', radius=0.5))
+    assert 'FGSM Linf 0.5' not in make_card(entry(twin=twin)).text
+    assert 'FGSM Linf 0.5' in comparison([report(), twin])
 
 
 def test_without_a_twin_nothing_is_best():
@@ -249,7 +262,7 @@ def test_the_page_in_the_repository_in_a_browser(browse):
     page = SITE / 'index.html'
     assert_self_contained(page.read_text())
     *orders, drawn, requests = browse(page, CLICKS + script).split(', ')
-    assert (drawn, requests) == ('6 drawn', '0 requests')
+    assert (drawn, requests) == (f'{len(bundled_cards())} drawn', '0 requests')
     names = orders[0].split()
     accuracy = {
         name: Report.from_dict(json.loads((SITE / name / 'results.json').read_text())['report']).score('clean').accuracy

@@ -24,6 +24,7 @@ BUNDLED = [
     'cifar_vgg.fgsm_at_cifar10',
     'mnist_cnn.baseline_mnist',
     'mnist_cnn.fgsm_at_mnist',
+    'mnist_cnn.pgd_at_mnist',
 ]
 
 

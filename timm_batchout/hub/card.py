@@ -198,14 +198,26 @@ def summary(report: Report) -> str:
 def _what(entry: Entry) -> str:
     methods = [_batchout(entry.recipe.get('model_args', {}))] if entry.batchout else []
     objective = entry.recipe.get('objective', {})
-    if objective.get('name') == 'fgsm':
-        methods.append(
-            'FGSM adversarial training: the first half of each mini-batch was replaced by its FGSM images '
-            f'(epsilon {objective["epsilon"]:.4g} of the pixel range)'
-        )
+    if objective.get('name', 'plain') != 'plain':
+        methods.append(_adversarial_training(objective))
     if not methods:
         methods.append('plain training' if entry.run else 'not recorded')
     return f'`{entry.architecture}`, trained on {entry.report.data}. Method: {"; together with ".join(methods)}.'
+
+
+OBJECTIVES = {
+    'fgsm': 'FGSM adversarial training: the first half of each mini-batch was replaced by its FGSM images',
+    'fgsm_rs': 'single-step adversarial training from a random start (FGSM-RS, Wong et al., 2020)',
+    'n_fgsm': 'single-step adversarial training from noise (N-FGSM, de Jorge et al., 2022)',
+    'pgd': 'PGD adversarial training (Madry et al., 2018), {steps} steps for each mini-batch',
+    'trades': 'TRADES (Zhang et al., 2019), beta {beta:g}, {steps} steps for each mini-batch',
+}
+
+
+def _adversarial_training(objective: dict[str, Any]) -> str:
+    name, norm = objective['name'], objective.get('norm', 'Linf')
+    method = OBJECTIVES.get(name, name).format(**{'steps': 10, 'beta': 6.0, **objective})
+    return f'{method} (training epsilon {norm} {format_radius(objective["epsilon"])})'
 
 
 def _batchout(options: dict[str, Any]) -> str:
@@ -227,7 +239,7 @@ def _robustness(entry: Entry) -> str:
     reports = [report, twin] if twin else [report]
     bold = ' Bold: the better one, where gradients can be trusted and both were attacked alike.' if twin else ''
     lines = [
-        comparison(reports, ['this model', 'without defence'][: len(reports)]),
+        comparison(reports, ['this model', 'without defence'][: len(reports)], rows_of=report),
         '',
         'An image counts as right if it is right before the attack and after it. The images are drawn at random from '
         f'the test set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '

@@ -48,16 +48,17 @@ def overview(reports: Mapping[str, Report]) -> str:
     return '\n\n'.join(tables)
 
 
-def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
+def comparison(reports: Sequence[Report], names: Sequence[str] = (), rows_of: Report | None = None) -> str:
     """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
 
-    Nothing is best where nothing withstands, where it is the only one, or where the models were not attacked alike
-    (other settings, or images of another net), which the row says. Stages of AutoAttack are left out where they left
-    right what the whole attack did.
+    Nothing is best where nothing withstands, where it is the only one that is not masked, or where the models were not
+    attacked alike (other settings, or images of another net), which the row says. Stages of AutoAttack are left out
+    where they left right what the whole attack did.
 
     Args:
         reports: Of the same images.
         names: Column heads; the models' names if left out.
+        rows_of: Show what this one of the reports has measured; None: what any of them has.
 
     Raises:
         ValueError: The reports are of different data or images.
@@ -69,7 +70,8 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
         '|---' * (len(reports) + 2) + '|',
     ]
     known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
-    for attack, variant, n in dict.fromkeys(key for scores in known for key in scores):
+    shown = known if rows_of is None else [known[list(reports).index(rows_of)]]
+    for attack, variant, n in dict.fromkeys(key for scores in shown for key in scores):
         same = [scores.get((attack, variant, n)) for scores in known]
         whole = [scores.get((attack, variant._replace(stage=''), n)) for scores in known]
         if variant.stage and [_correct(score) for score in same] == [_correct(score) for score in whole]:
@@ -77,13 +79,13 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = ()) -> str:
         name = _name(attack, variant)
         honest = [score.accuracy for score in same if score and not score.masked]
         alike = _attacked_alike(reports, attack)
-        comparable = alike and len([score for score in same if score]) > 1
+        comparable = alike and len(honest) > 1
         cells = [cell(score, max(honest, default=0) if comparable else 0) for score in same]
         rows.append(f'| {name}{"" if alike else " (settings differ)"} | {n} | {" | ".join(cells)} |')
         distances = [score.median_distance if score else None for score in same]
         if any(distances):
-            shown = ['' if distance is None else f'{distance:.3f}' for distance in distances]
-            rows.append(f'| {name}: median distance | {n} | {" | ".join(shown)} |')
+            medians = ['' if distance is None else f'{distance:.3f}' for distance in distances]
+            rows.append(f'| {name}: median distance | {n} | {" | ".join(medians)} |')
     return '\n'.join(rows)
 
 

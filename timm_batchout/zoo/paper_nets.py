@@ -295,7 +295,15 @@ default_cfgs = generate_default_cfgs(
     {
         name: make_cfg(name)
         for make_cfg, names in (
-            (_mnist_cfg, ('mnist_cnn.baseline_mnist', 'mnist_cnn.fgsm_at_mnist', 'batchout_mnist_cnn.mnist')),
+            (
+                _mnist_cfg,
+                (
+                    'mnist_cnn.baseline_mnist',
+                    'mnist_cnn.fgsm_at_mnist',
+                    'mnist_cnn.pgd_at_mnist',
+                    'batchout_mnist_cnn.mnist',
+                ),
+            ),
             (_cifar_cfg, ('cifar_vgg.baseline_cifar10', 'cifar_vgg.fgsm_at_cifar10', 'batchout_cifar_vgg.cifar10')),
         )
         for name in names

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+import timm_batchout
 from timm_batchout import batchout_sites
 from timm_batchout.cli.main import main, parse
 from timm_batchout.data.config import AugmentConfig, DataConfig
@@ -462,7 +464,7 @@ def test_list_prints_the_table_without_the_extra_packages(monkeypatch, capsys):
     assert main(['list']) == 0
     assert '`batchout_cifar_vgg.cifar10`' in capsys.readouterr().out
     assert main(['train', '--epochs', '1']) == 2
-    assert 'jsonargparse is missing: pip install' in capsys.readouterr().err
+    assert 'jsonargparse is missing. In a checkout: pip install -e' in capsys.readouterr().err
 
 
 def test_command_line_without_or_with_a_wrong_command(capsys):
@@ -470,6 +472,16 @@ def test_command_line_without_or_with_a_wrong_command(capsys):
     assert 'train' in capsys.readouterr().out
     assert main(['trian']) == 2
     assert "Did you mean 'train'?" in capsys.readouterr().err
+    assert main(['help']) == 0 and main(['--version']) == 0
+    assert f'timm-batchout {timm_batchout.__version__}' in capsys.readouterr().out
+    assert main(['compare', 'missing.json']) == 2
+    assert capsys.readouterr().err == "error: there is no file 'missing.json'.\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f'{sys.executable} -m timm_batchout.cli list | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == '0' and done.stderr == ''
 
 
 def test_ranks_share_an_epoch_without_overlap():

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 
+import timm_batchout
 from timm_batchout.cli.commands import COMMANDS
 from timm_batchout.training.config import read_recipe
 
@@ -20,19 +22,29 @@ __all__ = ['main']
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 if ``evaluate --expect`` found a difference, 2 after an error."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ['--help']
+    if name == '--version':
+        print(f'timm-batchout {timm_batchout.__version__}')
+        return 0
     if name not in COMMANDS:
         print(__doc__)
         for command, (_, config_class) in COMMANDS.items():
             print(f'  {command:9} {(config_class.__doc__ or "").splitlines()[0]}')
         print('\ntimm-batchout COMMAND --help lists its flags.')
-        if name in ('-h', '--help'):
+        if name in ('-h', '--help', 'help'):
             return 0
         return _fail(f'there is no command {name!r}.{_nearest(name, list(COMMANDS))}')
     run, config_class = COMMANDS[name]
     try:
-        return run(parse(config_class, arguments, f'timm-batchout {name}'))
+        status = run(parse(config_class, arguments, f'timm-batchout {name}'))
+        sys.stdout.flush()
+        return status
     except ImportError as error:
-        return _fail(f'{error.name} is missing: pip install "timm-batchout[train]"')
+        return _fail(f'{error.name} is missing. In a checkout: pip install -e ".[train,attacks]"')
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FileNotFoundError as error:
+        return _fail(f'there is no file {str(error.filename)!r}.' if error.filename else str(error))
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -98,7 +98,7 @@ def _digits(config: DataConfig, train: bool) -> Split:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("data.name='digits' needs scikit-learn: pip install timm-batchout[train].") from error
+        raise ValueError("data.name='digits' needs scikit-learn. In a checkout: pip install -e .[train]") from error
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 16

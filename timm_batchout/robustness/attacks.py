@@ -68,7 +68,7 @@ def check_available(names: Sequence[str]) -> None:
                 __import__(ATTACKS[name].extra)
             except ImportError as error:
                 raise ValueError(
-                    f'Attack {name!r} needs {ATTACKS[name].extra}: pip install "timm-batchout[attacks]".'
+                    f'Attack {name!r} needs {ATTACKS[name].extra}. In a checkout: pip install -e ".[attacks]"'
                 ) from error
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
+from timm_batchout.data.decode import to_mode
 from timm_batchout.data.workers import TimmSplit, load_timm_splits
 
 __all__ = ['Split', 'TensorLoader', 'load_data', 'load_split']
@@ -121,7 +122,7 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
             continue
         try:
             with Image.open(stream) as image:
-                images.append(np.asarray(image.convert('RGB')))
+                images.append(np.asarray(to_mode(image, 'RGB')))
         except OSError as error:
             if config.broken == 'stop':
                 raise ValueError(f'{path} does not decode ({error}). data.broken=skip passes over it.') from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
+from timm_batchout.data.decode import to_mode
 from timm_batchout.pixels import normalization
 
 __all__ = ['TimmLoader', 'TimmSplit', 'input_cfg', 'load_timm_splits']
@@ -297,6 +298,8 @@ class IndexedImages(Dataset):
     def __init__(self, dataset: Any, transform: Callable[[Any], np.ndarray], seed: int, replace_broken: bool):
         self.dataset, self.transform, self.seed, self.replace_broken = dataset, transform, seed, replace_broken
         dataset._max_retries = 1  # timm would put another image in its place, and not say so to the caller
+        self.mode = getattr(dataset, 'input_img_mode', None) or ''
+        dataset.input_img_mode = ''  # timm's conversion would clip 16-bit greyscale
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
@@ -304,7 +307,8 @@ class IndexedImages(Dataset):
         for step in range(CONSECUTIVE_BROKEN):
             try:
                 image, label = self.dataset[(index + step) % len(self.dataset)]
-            except (RuntimeError, OSError) as error:  # timm's ImageDataset; torchvision's
+                image = to_mode(image, self.mode)
+            except (RuntimeError, OSError, SyntaxError) as error:  # timm's ImageDataset; torchvision's
                 broken = broken or f'Image {self._filename(index)} cannot be read ({error})'
                 if self.replace_broken:
                     continue

@@ -1,5 +1,6 @@
 """The evaluation harness: attacks that agree with their libraries, reports that can be trusted, an audit that fires."""
 
+import copy
 import json
 import math
 import os
@@ -11,7 +12,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import timm_batchout  # noqa: F401
 from timm_batchout.cli.commands import EvaluateConfig
@@ -594,3 +597,32 @@ def test_evaluation_recipes_are_valid(name, data):
     config = parse(EvaluateConfig, ['cifar_vgg', '--config', str(recipe), '--output', 'x'])
     assert set(config.settings) <= set(config.attacks)
     assert config.data.name == data
+
+
+@pytest.mark.parametrize('attack', ['fgsm', 'pgd', 'deepfool', 'ddn', 'autoattack'])
+def test_inside_no_grad_and_for_any_layout_the_same_counts(digits, net, attack):
+    images, labels = digits[0][:3].float() / 255, digits[1][:3]
+    attempt = [net, images, labels, [attack], ['0.1']]
+    expected = [score.correct for score in evaluate(*attempt).scores]
+    last = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    with torch.no_grad():
+        assert [score.correct for score in evaluate(*attempt).scores] == expected
+        assert not torch.is_grad_enabled()
+    for other in (last, images.clone().requires_grad_()):
+        assert [score.correct for score in evaluate(net, other, *attempt[2:]).scores] == expected
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_a_net_of_another_precision_is_refused_with_the_remedy(digits, net, dtype):
+    with pytest.raises(ValueError, match=rf'The weights are {dtype}.*evaluate model.float'):
+        evaluate(copy.deepcopy(net).to(dtype), *digits)
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, ModelEmaV3, AveragedModel])
+def test_a_wrapped_net_scores_as_the_net(digits, wrap):
+    states = {'mean': [5.0], 'std': [9.0]}
+    model = timm.create_model('test_resnet', in_chans=1, num_classes=10, pretrained_cfg_overlay=states)
+    images = digits[0].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    plain, wrapped = (evaluate(net, images, digits[1], ['fgsm'], ['1/255']) for net in (model, wrap(model)))
+    assert plain.preprocessing == wrapped.preprocessing and plain.preprocessing['mean'] == [5.0]
+    assert [s.correct for s in plain.scores] == [s.correct for s in wrapped.scores]

@@ -30,6 +30,7 @@ Chunk = list[dict[str, Any]]  # a record for each variant
 Plan = tuple[int, list[float]]  # how many images an attack is run on, and its radii
 
 
+@torch.enable_grad()  # attacks need gradients, also where the caller is inside no_grad
 def evaluate(
     model: nn.Module,
     images: Tensor | Dataset,
@@ -102,7 +103,7 @@ def evaluate(
         pixel_model, source = _in_pixels(model), None if transfer_from is None else _in_pixels(transfer_from)
         check_input(pixel_model, images, labels)
         total = len(images)
-        images, labels = _draw(images, labels.long(), n, seed)
+        images, labels = _draw(images.detach(), labels.long(), n, seed)
         plans: dict[str, Plan] = {'clean': (len(images), [])}
         plans |= {attack: _plan(attack, options[attack], radii, len(images)) for attack in attacks}
         sha256 = weights_sha256(model)
@@ -202,6 +203,9 @@ def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
         raise ValueError(f'Labels must be class numbers (N,), int64, got {list(labels.shape)}, {labels.dtype}.')
     if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
         raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if dtypes:
+        raise ValueError(f'The weights are {dtypes.pop()}; attacks are reported in float32: evaluate model.float().')
     if model.mean.numel() not in (1, images.shape[1]):
         raise ValueError(
             f'The images have {images.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
@@ -295,7 +299,8 @@ def _l2_radii(eps: Any) -> list[float]:
 
 
 def _pixels(images: Tensor, part: slice) -> Tensor:
-    return images[part].float() / 255 if images.dtype == torch.uint8 else images[part].float()
+    pixels = images[part].contiguous().float()
+    return pixels / 255 if images.dtype == torch.uint8 else pixels
 
 
 def _chunk(

@@ -46,11 +46,18 @@ def _processor() -> str:
     return f'{name}, {torch.backends.cpu.get_cpu_capability()}'
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file, then rename: a reader sees the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside the file, then rename: a reader sees the old content or the new one. A failure leaves no file."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        if isinstance(content, str):
+            temporary.write_text(content)
+        else:
+            temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def free_space(error: Exception, folder: Path) -> str:

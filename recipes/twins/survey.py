@@ -125,7 +125,7 @@ def examine(arch: str, compiled: bool = False, memory: float = math.inf, side: i
 
 
 def limit_equal(arch: str, record: dict[str, Any]) -> bool:
-    """With eta -> 0 the training forward of the twin is that of the plain net, but for rounding.
+    """Whether the twin's training forward equals the plain net's, up to rounding, when eta is next to 0.
 
     It is not where a net reads a pre-activation again that its in-place activation should have overwritten.
     """

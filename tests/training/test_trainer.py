@@ -1,7 +1,6 @@
 """Training on real data: scikit-learn's digits, whole runs of the command line, resumed runs, and bad input."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -283,20 +282,6 @@ def test_image_folder_and_tar_hold_the_same_images(tmp_path):
         (['--data.val_fraction', '0.0001'], 'holds out no image'),
         (['--model', 'mnist_cnn', '--model_args', '{img_size: 32}'], 'takes images of shape (batch, 1, 32, 32)'),
         (['--schedule.warmup_epochs', '99'], 'warmup_epochs must lie in'),
-    ],
-)
-def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    assert run('out', *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith('error: ')
-    assert any(part in error for part in message.split('|'))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
         (['--optimizer.lr', '.nan'], 'optimizer.lr must be a finite number, got nan'),
         (['--optimizer.weight_decay', '.inf'], 'optimizer.weight_decay must be a finite number, got inf'),
         (['--optimizer.momentum', '.nan'], 'optimizer.momentum must be a finite number'),
@@ -312,10 +297,12 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, 
         (['--model_args', '{num_classes: 1000000000000000}'], 'cannot be made with model_args'),
     ],
 )
-def test_numbers_out_of_range_are_named(tmp_path, monkeypatch, capsys, arguments, message):
+def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert run('out', *arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith('error: ')
+    assert any(part in error for part in message.split('|'))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -366,19 +353,16 @@ def test_a_net_without_pretrained_cfg_is_trained_and_scored_on_the_same_pixels(t
 def test_a_net_that_uses_a_module_twice_is_saved_and_resumed(tmp_path, plain_net):
     output = tmp_path / 'run'
     arguments = ('--model', plain_net, '--model_args', '{shared: true, num_classes: 10}', '--optimizer.lr', '1e-4')
-    assert run(output, *arguments, '--epochs', '1') == 0
-    weights = load_file(output / 'model.safetensors')
+    assert run(output, *arguments, '--epochs', '2') == 0
+    file = output / 'model.safetensors'
+    whole, weights = file.read_bytes(), load_file(file)
     assert torch.equal(weights['first.weight'], weights['again.weight'])
-    assert (output / 'model.safetensors').stat().st_mode & 0o777 == 0o666 & ~umask()
-    assert run(output, *arguments, '--epochs', '2', '--resume', '--allow-changes') == 0
-    assert run(tmp_path / 'whole', *arguments, '--epochs', '2', '--schedule.warmup_epochs', '0.5') == 0
+    assert file.stat().st_mode == (output / 'config.yaml').stat().st_mode
+    shutil.rmtree(max((output / 'checkpoints').iterdir()))
+    file.unlink()
+    assert run(output, *arguments, '--epochs', '2', '--resume') == 0
+    assert file.read_bytes() == whole
     assert [line['epoch'] for line in lines(output)] == [1, 2]
-
-
-def umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_fewer_epochs_than_were_trained_end_with_a_validation(tmp_path):

@@ -239,7 +239,7 @@ def _robustness(entry: Entry) -> str:
     reports = [report, twin] if twin else [report]
     bold = ' Bold: the better one, where gradients can be trusted and both were attacked alike.' if twin else ''
     lines = [
-        comparison(reports, ['this model', 'without defence'][: len(reports)], rows_of=report),
+        comparison(reports, ['this model', 'without defence'][: len(reports)], first_only=True),
         '',
         'An image counts as right if it is right before the attack and after it. The images are drawn at random from '
         f'the test set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '

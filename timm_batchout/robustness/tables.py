@@ -48,7 +48,7 @@ def overview(reports: Mapping[str, Report]) -> str:
     return '\n\n'.join(tables)
 
 
-def comparison(reports: Sequence[Report], names: Sequence[str] = (), rows_of: Report | None = None) -> str:
+def comparison(reports: Sequence[Report], names: Sequence[str] = (), first_only: bool = False) -> str:
     """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
 
     Nothing is best where nothing withstands, where it is the only one that is not masked, or where the models were not
@@ -58,7 +58,7 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = (), rows_of: Re
     Args:
         reports: Of the same images.
         names: Column heads; the models' names if left out.
-        rows_of: Show what this one of the reports has measured; None: what any of them has.
+        first_only: Show only what the first report has measured.
 
     Raises:
         ValueError: The reports are of different data or images.
@@ -70,8 +70,7 @@ def comparison(reports: Sequence[Report], names: Sequence[str] = (), rows_of: Re
         '|---' * (len(reports) + 2) + '|',
     ]
     known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
-    shown = known if rows_of is None else [known[list(reports).index(rows_of)]]
-    for attack, variant, n in dict.fromkeys(key for scores in shown for key in scores):
+    for attack, variant, n in dict.fromkeys(key for scores in known[: 1 if first_only else None] for key in scores):
         same = [scores.get((attack, variant, n)) for scores in known]
         whole = [scores.get((attack, variant._replace(stage=''), n)) for scores in known]
         if variant.stage and [_correct(score) for score in same] == [_correct(score) for score in whole]:

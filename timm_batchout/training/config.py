@@ -207,6 +207,10 @@ class TrainConfig:
             ('data.image_size', self.data.image_size, 0),
             ('augment.padding', self.augment.padding, 0), ('augment.color_jitter', self.augment.color_jitter, 0),
             ('augment.mixup', self.augment.mixup, 0), ('augment.cutmix', self.augment.cutmix, 0),
+            ('objective.steps', self.objective.steps, 1), ('objective.step_size', self.objective.step_size, 0),
+            ('objective.beta', self.objective.beta, 0), ('robust_val.images', self.robust_val.images, 0),
+            ('robust_val.steps', self.robust_val.steps, 1), ('robust_val.epsilon', self.robust_val.epsilon, 0),
+            ('robust_val.patience', self.robust_val.patience, 0),
         )  # fmt: skip
         for name, value, low in at_least:
             if value < low:
@@ -240,14 +244,6 @@ class TrainConfig:
 
     def _validate_objective(self) -> None:
         objective, robust_val = self.objective, self.robust_val
-        for name, value, low in (
-            ('objective.steps', objective.steps, 1), ('objective.step_size', objective.step_size, 0),
-            ('objective.beta', objective.beta, 0), ('robust_val.images', robust_val.images, 0),
-            ('robust_val.steps', robust_val.steps, 1), ('robust_val.epsilon', robust_val.epsilon, 0),
-            ('robust_val.patience', robust_val.patience, 0),
-        ):  # fmt: skip
-            if value < low:
-                raise ValueError(f'{name} must be at least {low}, got {value}.')
         if not 0 <= objective.epsilon_warmup <= 1:
             raise ValueError(f'objective.epsilon_warmup is a share in [0, 1], got {objective.epsilon_warmup}.')
         if objective.name == 'plain':

@@ -61,12 +61,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if config.dry_run:
         return _describe(config, model, splits[0])
     run = Run(config, model, splits, accelerator)
-    folder = RunFolder(config.output)
-    with _claimed(folder, config, accelerator) as checkpoint:
+    with _claimed(run.folder, config, accelerator) as checkpoint:
         if checkpoint:
             restore_checkpoint(accelerator, checkpoint, run.progress, run.ema)
         if accelerator.is_main_process:
-            folder.start(replace(config, resume=False, allow_changes=False))
+            run.folder.start(replace(config, resume=False, allow_changes=False))
         if config.trackers:
             accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
         with stop_signals(run):

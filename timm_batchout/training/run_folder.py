@@ -6,7 +6,6 @@ any other folder, unless it is empty.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from timm_batchout.provenance import free_space, write_atomically
@@ -110,26 +108,17 @@ class RunFolder:
         """
         # Copies: safetensors refuses tensors that share memory, as those of modules that a net uses twice do.
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+        content = save(tensors, metadata={'format': 'pt'})  # save_file would make a file that only its owner can read
         path = self.path / name
-        temporary = path.with_suffix('.tmp')
         try:
-            save_file(tensors, temporary, metadata={'format': 'pt'})
-            os.chmod(temporary, 0o666 & ~_umask())  # safetensors makes files that only their owner can read
-            temporary.rename(path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            write_atomically(path, content)
+        except OSError as error:
             checkpoint = newest_checkpoint(self.path)
             raise RuntimeError(
                 f'{path} could not be written: {free_space(error, self.path)}. Make room, then resume with --resume'
                 f'{f" from {checkpoint}" if checkpoint else ""}.'
             ) from error
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        return hashlib.sha256(content).hexdigest()
 
 
 def _checkpoints(path: Path) -> list[Path]:

@@ -11,10 +11,12 @@ import timm
 import torch
 
 import timm_batchout  # noqa: F401
-from timm_batchout.cli.main import parse
 from timm_batchout.data.memory import load_split
-from timm_batchout.robustness import Report, comparison, evaluate
+from timm_batchout.recipe import parse
+from timm_batchout.robustness.harness import evaluate
 from timm_batchout.robustness.plots import draw_curves
+from timm_batchout.robustness.report import Report
+from timm_batchout.robustness.tables import compare
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.launch import train
 from timm_batchout.zoo.pretrained import bundled_cards
@@ -43,7 +45,7 @@ def main() -> None:
         print(f'\nTraining {name} on digits')
         reports[name] = train_and_attack(name)
 
-    print(f'\n{comparison(list(reports.values()))}')
+    print(f'\n{compare(list(reports.values()))}')
     draw_curves(list(reports.values()), OUTPUT / 'fgsm.png')
     print(f'\nThe curves are in {OUTPUT / "fgsm.png"}. FGSM is a weak attack: see the limitations in README.md.')
 

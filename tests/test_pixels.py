@@ -7,8 +7,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from timm_batchout.pixels import PixelModel, format_radius, normalization, parse_epsilon
-from timm_batchout.robustness import evaluate
+from timm_batchout.pixels import PixelModel, normalization
+from timm_batchout.robustness.harness import evaluate
+from timm_batchout.text import format_radius, parse_radius
 
 
 class Threshold(nn.Module):
@@ -75,7 +76,7 @@ def test_pixel_model_normalises():
 @pytest.mark.parametrize('epsilon', [-0.1, 2, '8', 'a/b', '1/0', 'nan'])
 def test_bad_epsilon(epsilon):
     with pytest.raises(ValueError, match='epsilon'):
-        parse_epsilon(epsilon)
+        parse_radius(epsilon)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """One wrapper for all that feeds images to a model: [0, 1] pixels in, logits out."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,12 +11,10 @@ from torch import Tensor, nn
 __all__ = [
     'PixelModel',
     'fgsm',
-    'format_radius',
     'frozen',
     'gradient_sign',
     'modes_kept',
     'normalization',
-    'parse_epsilon',
     'seeded',
 ]
 
@@ -89,29 +85,6 @@ def gradient_sign(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         images = images.detach().requires_grad_()
         loss = F.cross_entropy(model(images), labels, reduction='sum')
         return torch.autograd.grad(loss, images)[0].sign()
-
-
-def parse_epsilon(epsilon: str | float) -> float:
-    """``'8/255'``, ``'0.3'`` or a number, in [0, 1] pixels.
-
-    Raises:
-        ValueError: Not a number, or outside [0, 1].
-    """
-    try:
-        value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"epsilon must be a number such as 0.3 or '8/255', got {epsilon!r}.") from error
-    if not 0 <= value <= 1:
-        raise ValueError(f'epsilon is in [0, 1] pixels, got {epsilon!r}. Divide 8-bit values by 255.')
-    return value
-
-
-def format_radius(radius: float) -> str:
-    """A radius in [0, 1] pixels as people write it: '0.3', or '8/255' where that is exact and two decimals are not."""
-    if math.isclose(radius, round(radius, 2), abs_tol=1e-9):
-        return f'{radius:.2f}'.rstrip('0').rstrip('.')
-    levels = radius * 255
-    return f'{round(levels)}/255' if math.isclose(levels, round(levels), abs_tol=1e-6) else f'{radius:.6g}'
 
 
 @contextmanager

@@ -6,17 +6,20 @@ import shutil
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # the command line writes and reads results without it
+    import torch
 
 __all__ = ['environment', 'free_space', 'write_atomically']
 
 PACKAGES = ('timm-batchout', 'torch', 'timm', 'accelerate')
 
 
-def environment(device: torch.device | str = 'cpu', packages: Iterable[str] = ()) -> dict[str, Any]:
+def environment(device: 'torch.device | str' = 'cpu', packages: Iterable[str] = ()) -> dict[str, Any]:
     """Versions and hardware, for a result file; the versions of ``packages``, too."""
+    import torch
+
     device = torch.device(device)
     hardware = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
     return {
@@ -37,6 +40,8 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     """The processor's model name where Linux tells it, and its widest vector unit."""
+    import torch
+
     name = platform.processor() or platform.machine()
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()

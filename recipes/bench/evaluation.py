@@ -25,8 +25,8 @@ from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness import evaluate
 from timm_batchout.robustness.deepfool import deepfool
+from timm_batchout.robustness.harness import evaluate
 
 MODEL = 'batchout_mnist_cnn.mnist'
 EPSILON = 0.1

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from draw import Values, by_label, curve, described
 
-from timm_batchout.robustness import Report, comparison
+from timm_batchout.robustness.report import Report
 from timm_batchout.robustness.tables import attack_title
+from timm_batchout.robustness.tables import compare as compare_reports
 
 __all__ = ['over_seeds', 'results']
 
@@ -48,18 +49,18 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants
         '| claim of the paper | comparisons | largest and smallest difference, points | verdict |',
         '|---|---|---|---|',
     ]
-    for name, claim, compare in CLAIMS:
+    for name, claim, compared in CLAIMS:
         if name in figures:
-            lines.append(_row(claim, compare(figures[name])))
+            lines.append(_row(claim, compared(figures[name])))
     lines += ['', *_sections(figures)]
     if variants:
         runs = [Path(report.model).parent.name for report in variants]  # of .../RUN/model.safetensors
-        lines += ['## Trained otherwise', '', comparison(variants, runs), '']
+        lines += ['## Trained otherwise', '', compare_reports(variants, runs), '']
     if reports:
         lines += ['## Beyond the paper: the bundled weights under stronger attacks', '']
     for data in dict.fromkeys(report.data for report in reports):
         same = [report for report in reports if report.data == data]
-        lines += [comparison(same), '', 'Gradient masking, as the audit of each report has it:', '']
+        lines += [compare_reports(same), '', 'Gradient masking, as the audit of each report has it:', '']
         lines += [f'- {report.model}: {report.audit["verdict"]}' for report in same if report.audit] + ['']
     return '\n'.join(lines)
 

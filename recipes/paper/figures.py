@@ -1,6 +1,5 @@
 """The paper's figures: which nets each one needs, trained by the recipes, attacked, and written to one JSON."""
 
-import difflib
 import json
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -13,9 +12,11 @@ import timm
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import Split, data_label, load_split
 from timm_batchout.provenance import environment
-from timm_batchout.robustness import Report, evaluate
-from timm_batchout.robustness.harness import filled_in, weights_sha256
-from timm_batchout.training.config import TrainConfig, read_recipe
+from timm_batchout.recipe import configure, read_recipe
+from timm_batchout.robustness.harness import evaluate, filled_in, weights_sha256
+from timm_batchout.robustness.report import Report
+from timm_batchout.text import did_you_mean
+from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.launch import recipe_changes, train
 
 __all__ = ['FIGURES', 'Figure', 'Net', 'Paper']
@@ -194,7 +195,7 @@ class Paper:
         if self.quick:
             recipe['schedule'] = {'warmup_epochs': 0.5}
         recipe['output'] = str(self.runs / '-'.join(filter(None, [net.recipe, net.tag, epochs, str(seed)])))
-        return TrainConfig.from_dict(recipe)
+        return configure(TrainConfig, recipe)
 
     def _trained(self, config: TrainConfig) -> dict[str, Any]:
         """The result of a run, which is started, gone on with, or used again."""
@@ -242,6 +243,4 @@ class Paper:
 
 def _check_name(where: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f' Did you mean {close[0]!r}?' if close else ''
-        raise ValueError(f'{where} has no {name!r}, but {", ".join(sorted(known))}.{hint}')
+        raise ValueError(f'{where} has no {name!r}, but {", ".join(sorted(known))}.{did_you_mean(name, known)}')

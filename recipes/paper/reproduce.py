@@ -10,9 +10,9 @@ from claims import over_seeds, results
 from draw import draw
 from figures import FIGURES, Paper
 
-from timm_batchout.cli.main import parse
 from timm_batchout.provenance import write_atomically
-from timm_batchout.robustness import Report
+from timm_batchout.recipe import parse
+from timm_batchout.robustness.report import Report
 
 READING = '## Reading'
 
@@ -73,7 +73,7 @@ def reproduce(config: ReproduceConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        reproduce(parse(ReproduceConfig, sys.argv[1:] if argv is None else argv, 'reproduce.py'))
+        reproduce(parse(ReproduceConfig, sys.argv[1:] if argv is None else argv))
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

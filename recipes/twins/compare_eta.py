@@ -20,8 +20,8 @@ from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import Split, data_label, load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
-from timm_batchout.robustness import evaluate
 from timm_batchout.robustness.deepfool import deepfool
+from timm_batchout.robustness.harness import evaluate
 from timm_batchout.robustness.report import wilson
 from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.launch import train

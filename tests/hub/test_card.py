@@ -14,10 +14,10 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from timm_batchout.cli.main import main
 from timm_batchout.hub.card import Entry, eval_results, make_card, summary
 from timm_batchout.hub.leaderboard import write_gallery
-from timm_batchout.robustness import Report, comparison
 from timm_batchout.robustness.attacks import ATTACKS
 from timm_batchout.robustness.plots import draw_curves
-from timm_batchout.robustness.report import Score
+from timm_batchout.robustness.report import Report, Score
+from timm_batchout.robustness.tables import compare
 from timm_batchout.zoo.pretrained import bundled_cards
 
 SITE = Path(__file__).parents[2] / 'hub_cards'
@@ -124,7 +124,7 @@ def test_a_card_shows_only_what_its_own_model_was_measured_on():
     twin = report('plain', clean=90)
     twin.scores.append(Score('fgsm', 5, 100, norm='Linf', radius=0.5))
     assert 'FGSM Linf 0.5' not in make_card(entry(twin=twin)).text
-    assert 'FGSM Linf 0.5' in comparison([report(), twin])
+    assert 'FGSM Linf 0.5' in compare([report(), twin])
 
 
 def test_without_a_twin_nothing_is_best():
@@ -145,17 +145,17 @@ def test_images_of_different_nets_are_not_compared():
     assert '| 100 | 31.00 | 30.00 |' in text, 'in bold neither'
     assert 'this model were crafted on `plain`, ' in text and 'crafted on weights with the hash bbbbbbbbbbbb...' in text
     theirs.settings['transfer']['source_sha256'] = 'a' * 64
-    assert '| **31.00** | 30.00 |' in comparison([ours, theirs])
+    assert '| **31.00** | 30.00 |' in compare([ours, theirs])
 
 
 def test_stages_of_autoattack_that_tell_nothing_new_are_left_out():
     one, other = report(), report()
-    assert '| AutoAttack Linf 8/255 after apgd-ce | 50 | 4.00 |' in comparison([one])
+    assert '| AutoAttack Linf 8/255 after apgd-ce | 50 | 4.00 |' in compare([one])
     one.score('autoattack', '8/255', stage='apgd-ce').correct = 1
-    assert 'apgd-ce' not in comparison([one])
-    assert 'apgd-ce' in comparison([one, other]), 'it tells something of the other'
+    assert 'apgd-ce' not in compare([one])
+    assert 'apgd-ce' in compare([one, other]), 'it tells something of the other'
     one.scores.append(Score('deepfool', 60, 100, 'L2', iteration=1))
-    assert '| DeepFool L2 1 iteration |' in comparison([one])
+    assert '| DeepFool L2 1 iteration |' in compare([one])
 
 
 def test_curves_in_rows_of_three(tmp_path):

@@ -14,7 +14,7 @@ from timm_batchout.cli.main import main
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import load_split
 from timm_batchout.hub.publish import bundled, stage
-from timm_batchout.robustness import Report
+from timm_batchout.robustness.report import Report
 from timm_batchout.zoo.pretrained import bundled_cards
 
 from .loopback import LoopbackHub
@@ -53,7 +53,7 @@ def images(tmp_path):
 
 
 SCORE = """
-from timm_batchout.robustness import evaluate
+from timm_batchout.robustness.harness import evaluate
 def score(name, path, **options):
     images = torch.load(path)
     model = timm.create_model(name, pretrained=True, **options)
@@ -142,7 +142,7 @@ def test_a_trained_twin_is_published_as_the_stock_net(hub, tmp_path):
     """And loads where this package is not."""
     code = """
 from safetensors.torch import save_file
-from timm_batchout.robustness import evaluate
+from timm_batchout.robustness.harness import evaluate
 args = dict(num_classes=10, eta=0.2)
 model = timm.create_model('batchout_test_resnet', **args)
 model.pretrained_cfg.update(mean=(0.3, 0.4, 0.5), std=(0.2, 0.2, 0.2))

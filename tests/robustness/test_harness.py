@@ -17,16 +17,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import timm_batchout  # noqa: F401
-from timm_batchout.cli.commands import EvaluateConfig
-from timm_batchout.cli.main import main, parse
+from timm_batchout.cli.evaluate import EvaluateConfig
+from timm_batchout.cli.main import main
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import load_split
 from timm_batchout.pixels import PixelModel
-from timm_batchout.robustness import Report, comparison, evaluate
+from timm_batchout.recipe import parse
 from timm_batchout.robustness.deepfool import deepfool
+from timm_batchout.robustness.harness import evaluate
 from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
-from timm_batchout.robustness.report import Score, Variant, wilson
-from timm_batchout.robustness.tables import table
+from timm_batchout.robustness.report import Report, Score, Variant, wilson
+from timm_batchout.robustness.tables import compare, table
 
 foolbox = pytest.importorskip('foolbox')
 ALL = ['fgsm', 'pgd', 'pgd_l2', 'deepfool', 'ddn', 'noise', 'corruptions']
@@ -191,7 +192,7 @@ def test_one_seed_one_report_however_the_work_is_shared(net, digits, tmp_path):
 KILL = """
 import os, signal, sys
 from timm_batchout.cli.main import main
-from timm_batchout.robustness import evaluate as module
+from timm_batchout.robustness.harness import evaluate as module
 import timm_batchout.robustness.harness
 code = sys.modules['timm_batchout.robustness.harness']
 chunk, calls = code._chunk, []
@@ -296,7 +297,7 @@ def test_masked_figures_are_marked_and_never_best(net, digits):
     assert evaluate(Quantised(net), *digits, ['deepfool'], audit=True).score('deepfool', iteration=5).masked
     assert masking.score('pgd', '0.05').correct > honest.score('pgd', '0.05').correct
     assert 'PGD Linf 0.05 (masked)' in table(masking) and 'LIKELY' in table(masking)
-    compared = comparison([honest, masking])
+    compared = compare([honest, masking])
     row = next(line for line in compared.splitlines() if line.startswith('| PGD Linf 0.05 | 60 |'))
     assert f'| {100 * honest.score("pgd", "0.05").accuracy:.2f} |' in row and row.endswith('(masked) |')
     assert '**' not in row, 'nothing is best beside a masked figure'
@@ -420,7 +421,7 @@ class Tuple(nn.Module):
         ({'eps': [-0.1]}, r'epsilon is in \[0, 1\] pixels'),
         ({'eps': ['8']}, r'epsilon is in \[0, 1\] pixels'),
         ({'eps_l2': ['-1']}, 'at least 0'),
-        ({'eps_l2': ['1/0']}, "must be a number such as 0.5 or '128/255', got '1/0'"),
+        ({'eps_l2': ['1/0']}, "must be a number such as 0.3 or '8/255', got '1/0'"),
         ({'eps_l2': [math.inf]}, 'finite, got inf'),
         ({'batch_size': 0}, 'batch_size must be at least 1, got 0'),
         (
@@ -508,7 +509,7 @@ def test_rows_of_other_settings_are_marked(net, digits):
         evaluate(net, *digits, ['fgsm', 'pgd'], ['0.05'], settings={'pgd': {'steps': steps}}) for steps in (1, 20)
     )
     without = evaluate(net, *digits, ['noise'], ['0.05'])
-    rows = [line for line in comparison([one, many, without]).splitlines() if ' 0.05' in line]
+    rows = [line for line in compare([one, many, without]).splitlines() if ' 0.05' in line]
     assert rows[0].startswith('| FGSM Linf 0.05 |') and rows[0].count('**') == 4, 'two are alike, one has none'
     assert rows[1].startswith('| PGD Linf 0.05 (settings differ) |') and '**' not in rows[1]
     assert rows[2].startswith('| Gaussian noise 0.05 |') and '**' not in rows[2], 'the only one'
@@ -554,7 +555,7 @@ def test_chunks_of_other_preprocessing_or_packages_are_not_taken(net, digits, tm
 def test_reports_of_other_images_do_not_stand_in_one_table(net, digits):
     a, b = (evaluate(net, digits[0][:n], digits[1][:n]) for n in (4, 5))
     with pytest.raises(ValueError, match='different images'):
-        comparison([a, b])
+        compare([a, b])
 
 
 def test_normalisation_is_inside(digits):

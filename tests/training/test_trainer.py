@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,15 +14,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-import timm_batchout
 from timm_batchout import batchout_sites
-from timm_batchout.cli.main import main, parse
+from timm_batchout.cli.main import main
 from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.memory import Split, TensorLoader, load_data, load_split
 from timm_batchout.data.workers import input_cfg
 from timm_batchout.pixels import fgsm, normalization
-from timm_batchout.robustness import Report
-from timm_batchout.training.config import ObjectiveConfig, TrainConfig, read_recipe
+from timm_batchout.recipe import parse, read_recipe
+from timm_batchout.robustness.report import Report
+from timm_batchout.training.config import ObjectiveConfig, TrainConfig
 from timm_batchout.training.objectives import make_objective
 from timm_batchout.training.run_folder import RunFolder
 
@@ -399,14 +397,6 @@ def test_a_folder_that_another_process_trains_into_is_refused(tmp_path, capsys):
     assert run(tmp_path / 'run', '--epochs', '1') == 0
 
 
-def test_unknown_key_in_a_recipe_names_the_nearest(tmp_path, capsys):
-    recipe = tmp_path / 'recipe.yaml'
-    for text, nearest in (('modle: mnist_cnn', 'model'), ('data: {roots: x}', 'data.root'), ('epoch: 3', 'epochs')):
-        recipe.write_text(text)
-        assert main(['train', '--config', str(recipe)]) == 2
-        assert f'Did you mean {nearest!r}?' in capsys.readouterr().err
-
-
 RECIPES = Path(__file__).parents[2] / 'recipes'
 
 
@@ -443,31 +433,6 @@ def test_nan_loss_stops_with_the_step(tmp_path, capsys):
     assert not (tmp_path / 'run' / 'model.safetensors').exists()
 
 
-def test_list_prints_the_table_without_the_extra_packages(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'jsonargparse', None)
-    assert main(['list']) == 0
-    assert '`batchout_cifar_vgg.cifar10`' in capsys.readouterr().out
-    assert main(['train', '--epochs', '1']) == 2
-    assert 'jsonargparse is missing. In a checkout: pip install -e' in capsys.readouterr().err
-
-
-def test_command_line_without_or_with_a_wrong_command(capsys):
-    assert main(['--help']) == 0
-    assert 'train' in capsys.readouterr().out
-    assert main(['trian']) == 2
-    assert "Did you mean 'train'?" in capsys.readouterr().err
-    assert main(['help']) == 0 and main(['--version']) == 0
-    assert f'timm-batchout {timm_batchout.__version__}' in capsys.readouterr().out
-    assert main(['compare', 'missing.json']) == 2
-    assert capsys.readouterr().err == "error: there is no file 'missing.json'.\n"
-
-
-def test_a_reader_that_has_seen_enough_is_no_error():
-    command = f'{sys.executable} -m timm_batchout.cli list | head -1; echo ${{PIPESTATUS[0]}}'
-    done = subprocess.run(['bash', '-c', command], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == '0' and done.stderr == ''
-
-
 def test_ranks_share_an_epoch_without_overlap():
     split = load_split(DataConfig('digits'), train=False)
     whole = TensorLoader(split, 40, shuffle=True, seed=3)
@@ -494,49 +459,6 @@ def test_more_that_is_refused_before_anything_is_written(tmp_path, capsys, text,
     assert main(['train', '--config', str(tmp_path / 'recipe.yaml'), '--output', str(tmp_path / 'run')]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
-
-
-@pytest.mark.parametrize(
-    'words, expected',
-    [
-        (['--dry-run'], {'dry_run': True}),
-        (['--dry-run', '--resume', '--seed', '3'], {'dry_run': True, 'resume': True, 'seed': 3}),
-        (['--allow-changes=false', '--resume', 'auto'], {'allow_changes': False, 'resume': 'auto'}),
-        (['--data.download', '--eval-batch-size=7'], {'data': DataConfig(download=True), 'eval_batch_size': 7}),
-        (['--trackers', 'tensorboard', 'wandb', '--epochs', '2'], {'trackers': ['tensorboard', 'wandb'], 'epochs': 2}),
-        (['--augment.scale', '0.5', '1'], {'augment': AugmentConfig(scale=[0.5, 1.0])}),
-        (['--trackers=[tensorboard]'], {'trackers': ['tensorboard']}),
-        (['--output', '--dry-run'], None),  # a flag that takes a value still needs one
-    ],
-)
-def test_switches_need_no_value_lists_no_brackets_and_dashes_are_underscores(words, expected):
-    if expected is None:
-        with pytest.raises(ValueError, match='output'):
-            parse(TrainConfig, words)
-    else:
-        assert parse(TrainConfig, words) == TrainConfig(**expected)
-
-
-def test_a_recipe_states_what_differs_from_its_base(tmp_path, capsys):
-    (tmp_path / 'base.yaml').write_text('epochs: 7\nmodel_args: {k: 0.25, eta: 0.2}\noptimizer: {name: sgd, lr: 0.1}\n')
-    middle = tmp_path / 'middle' / 'middle.yaml'
-    middle.parent.mkdir()
-    middle.write_text('base: ../base.yaml\nmodel_args: {eta: 0.1}\n')
-    (tmp_path / 'recipe.yaml').write_text('base: middle/middle.yaml\noptimizer: {lr: 0.2}\nmodel: batchout_cifar_vgg\n')
-    for flag in (['--config', str(tmp_path / 'recipe.yaml')], [f'--config={tmp_path / "recipe.yaml"}']):
-        config = parse(TrainConfig, [*flag, '--optimizer.momentum', '0.5'])
-        assert (config.epochs, config.model) == (7, 'batchout_cifar_vgg')
-        assert config.model_args == {'k': 0.25, 'eta': 0.1}
-        assert (config.optimizer.name, config.optimizer.lr, config.optimizer.momentum) == ('sgd', 0.2, 0.5)
-    middle.write_text('base: nowhere.yaml')
-    assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
-    assert 'nowhere.yaml' in capsys.readouterr().err
-    middle.write_text('base: ../recipe.yaml')
-    assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
-    assert 'which is based on it' in capsys.readouterr().err
-    middle.write_text('base: ../base.yaml\nepoch: 3')
-    assert main(['train', '--config', str(tmp_path / 'recipe.yaml')]) == 2
-    assert "Did you mean 'epochs'?" in capsys.readouterr().err
 
 
 def test_trackers(tmp_path):

@@ -13,7 +13,8 @@ import timm_batchout  # noqa: F401
 from timm_batchout.cli.main import main
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import load_split
-from timm_batchout.robustness import Report, evaluate
+from timm_batchout.robustness.harness import evaluate
+from timm_batchout.robustness.report import Report
 from timm_batchout.zoo.pretrained import FOLDER, bundled_cards
 
 ROOT = Path(__file__).parents[2]

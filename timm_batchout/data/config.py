@@ -25,7 +25,8 @@ class DataConfig:
         dataset: 'timm' only, timm's name of the dataset: empty for a folder or tar, 'hfds/NAME' and 'hfids/NAME' (the
             Hugging Face Hub, the latter streamed), 'wds/NAME' (WebDataset shards in ``root``), 'torch/NAME', ...
         options: 'timm' only, more arguments of ``create_dataset``: ``{input_key: img}``, ``{num_samples: 1000}``, ...
-        train_split, test_split: 'timm' only.
+        train_split: 'timm' only, name of the training split.
+        test_split: 'timm' only, name of the split that is tested on.
         val_split: 'timm' only. Empty: ``val_fraction`` of the training split.
         image_size: 'timm' only, height and width that images are resized to; 0: what the model's cfg says.
         workers: 'timm' only, processes that read and augment.

@@ -9,11 +9,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from timm_batchout.pixels import format_radius
-from timm_batchout.robustness import Report, comparison
-from timm_batchout.robustness.attacks import ATTACKS
-from timm_batchout.robustness.report import Score
-from timm_batchout.robustness.tables import describe, title
+from timm_batchout.robustness.report import Report, Score
+from timm_batchout.robustness.tables import attack_title, compare, describe, title
+from timm_batchout.text import format_radius
 
 __all__ = ['Entry', 'make_card', 'summary']
 
@@ -239,7 +237,7 @@ def _robustness(entry: Entry) -> str:
     reports = [report, twin] if twin else [report]
     bold = ' Bold: the better one, where gradients can be trusted and both were attacked alike.' if twin else ''
     lines = [
-        comparison(reports, ['this model', 'without defence'][: len(reports)], first_only=True),
+        compare(reports, ['this model', 'without defence'][: len(reports)], first_only=True),
         '',
         'An image counts as right if it is right before the attack and after it. The images are drawn at random from '
         f'the test set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '
@@ -269,7 +267,7 @@ def _crafted(entry: Entry) -> str:
         if source:
             net = f'`{entry.nets[source]}`' if source in entry.nets else f'weights with the hash {source[:12]}...'
             crafted.append(f'those against {whose} were crafted on {net}')
-    return f"'{ATTACKS['transfer'].title}' takes images of another net: {', '.join(crafted)}." if crafted else ''
+    return f"'{attack_title('transfer')}' takes images of another net: {', '.join(crafted)}." if crafted else ''
 
 
 def _widest(scores: Sequence[Score]) -> float:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_batchout.provenance import write_atomically
-from timm_batchout.robustness import Report
-from timm_batchout.robustness.report import Score, Variant
+from timm_batchout.robustness.report import Report, Score, Variant
 from timm_batchout.robustness.tables import attack_title, cell, describe
 
 __all__ = ['write_gallery']

@@ -12,17 +12,20 @@ import timm
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
+from torch import nn
 
+import timm_batchout.zoo.register  # noqa: F401
 from timm_batchout.hub.card import Entry, make_card
 from timm_batchout.layer import BatchOutConfig
 from timm_batchout.provenance import write_atomically
-from timm_batchout.robustness import Report
 from timm_batchout.robustness.harness import weights_sha256
 from timm_batchout.robustness.plots import draw_curves
+from timm_batchout.robustness.report import Report
 from timm_batchout.zoo.pretrained import FOLDER, NAMESPACE, WEIGHTS, bundled_cards
 
-__all__ = ['Staged', 'bundled', 'push', 'stage']
+__all__ = ['Staged', 'bundled', 'publish', 'push', 'stage']
 
 CARD_FILES = ('README.md', 'config.json', 'results.json', 'curves.svg')  # nothing else in the folder goes up
 TRIES = 3  # when others push to the same repository at the same time
@@ -54,6 +57,49 @@ def bundled(name: str) -> tuple[Path, dict[str, Any]]:
     return FOLDER / f'{name}.safetensors', cards[name]['training']
 
 
+def publish(
+    repo: str,
+    model: nn.Module,
+    report: Report,
+    *,
+    run: str | Path | None = None,
+    twin: Report | None = None,
+    cards: str | Path = 'hub_cards',
+    private: bool = False,
+    dry_run: bool = False,
+) -> list[str]:
+    """Push a net and its robustness card to the Hugging Face Hub; what ``timm-batchout publish`` does with a file.
+
+    Args:
+        repo: 'namespace/name'.
+        model: A net of timm's or of this package's; BatchOut's hooks do not matter.
+        report: What ``evaluate`` found of these weights.
+        run: The run folder that trained it.
+        twin: The report of the same net without defence, for comparison.
+        cards: The card is staged in a folder of its own in this one.
+        private: Create the repository as a private one.
+        dry_run: Stage the card and push nothing.
+
+    Returns:
+        The files that went up; none if nothing has changed.
+
+    Raises:
+        ValueError: A net that timm does not know by name, a report of other weights, a name that the Hub does not
+            allow, a licence that has to be stated; ``private``, and the repository is there and public.
+        ConnectionError: The Hub does not answer.
+    """
+    if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
+        raise ValueError(f'{type(model).__name__} has no architecture that timm.create_model could make again.')
+    result = json.loads((Path(run) / 'result.json').read_text()) if run else {}
+    with TemporaryDirectory() as folder:
+        weights = Path(folder) / WEIGHTS
+        save_file(
+            {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, weights
+        )
+        staged = stage_net(model, weights, report, result, Path(cards), repo, twin)
+        return [] if dry_run else push(staged, private)
+
+
 def stage(
     model: str,
     weights: Path,
@@ -83,11 +129,26 @@ def stage(
     """
     if weights.suffix != '.safetensors':
         raise ValueError(f'Only safetensors are published, got {str(weights)!r}: pickles can run code.')
-    repo = repo or f'{NAMESPACE}/{model}'
+    net = _plain(model, weights, model_args or {})
+    trained_with = run.get('recipe', {}).get('model', model)
+    return stage_net(net, weights, report, run, cards, repo or f'{NAMESPACE}/{model}', twin, nets, trained_with)
+
+
+def stage_net(
+    net: Any,
+    weights: Path,
+    report: Report,
+    run: dict[str, Any],
+    cards: Path,
+    repo: str,
+    twin: Report | None = None,
+    nets: dict[str, str] | None = None,
+    trained_with: str = '',
+) -> Staged:
+    """As ``stage``, of a net that is there already and whose state_dict is in the file ``weights``."""
     validate_repo_id(repo)
     if repo.count('/') != 1:
         raise ValueError(f'repo must be NAMESPACE/NAME, got {repo!r}.')
-    net = _plain(model, weights, model_args or {})
     if weights_sha256(net) != report.weights_sha256:
         raise ValueError(f'The report is not of these weights ({str(weights)!r}): evaluate them first.')
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -96,7 +157,7 @@ def stage(
     run = _without_places(run)
     report = replace(report, model=folder.name)  # evaluate names it by the path of its checkpoint
     twin = replace(twin, model='without defence') if twin else None
-    trained_with = run.get('recipe', {}).get('model', model)
+    trained_with = trained_with or run.get('recipe', {}).get('model', net.pretrained_cfg['architecture'])
     config = _config(net, report.preprocessing, {'sha256': digest, 'trained_with': trained_with})
     entry = Entry(folder.name, repo, config, report, run, digest, twin, nets or {})
     results = {'repo': repo, 'report': report.to_dict(), 'run': run, 'sha256': digest}

@@ -41,7 +41,6 @@ class Attack:
     """One attack, as the command line and the reports name it.
 
     Attributes:
-        title: For tables.
         norm: 'Linf', 'L2', or '' for what is no attack by a radius.
         run: ``run(model, images, labels, radii, seed, **settings)``.
         settings: Its defaults; a report holds them.
@@ -50,7 +49,6 @@ class Attack:
             'several' where it has other means as well; '' where it follows none of the model.
     """
 
-    title: str
     norm: str
     run: Run
     settings: dict[str, Any] = field(default_factory=dict)
@@ -215,15 +213,15 @@ PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
 DEEPFOOL = {'iterations': 5, 'overshoot': 0.02}
 STANDARD = {'stages': ['apgd-ce', 'apgd-t', 'fab-t', 'square']}  # AutoAttack's
 ATTACKS: dict[str, Attack] = {
-    'fgsm': Attack('FGSM', 'Linf', _fgsm),
-    'pgd': Attack('PGD', 'Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
-    'pgd_l2': Attack('PGD', 'L2', _foolbox('L2PGD'), PGD, 'foolbox'),
-    'deepfool': Attack('DeepFool', 'L2', _deepfool(clip=True), DEEPFOOL, loss='margin'),
-    'deepfool_unclipped': Attack('DeepFool unclipped', 'L2', _deepfool(clip=False), DEEPFOOL, loss='margin'),
-    'ddn': Attack('DDN', 'L2', _ddn, {'steps': 100}, 'foolbox'),
-    'autoattack': Attack('AutoAttack', 'Linf', _autoattack('Linf'), STANDARD, 'pyautoattack', loss='several'),
-    'autoattack_l2': Attack('AutoAttack', 'L2', _autoattack('L2'), STANDARD, 'pyautoattack', loss='several'),
-    'transfer': Attack('PGD on another net', 'Linf', _transfer, PGD, 'foolbox', loss=''),
-    'noise': Attack('Gaussian noise', '', _noise, loss=''),
-    'corruptions': Attack('Corruptions', '', _corruptions, loss=''),
+    'fgsm': Attack('Linf', _fgsm),
+    'pgd': Attack('Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
+    'pgd_l2': Attack('L2', _foolbox('L2PGD'), PGD, 'foolbox'),
+    'deepfool': Attack('L2', _deepfool(clip=True), DEEPFOOL, loss='margin'),
+    'deepfool_unclipped': Attack('L2', _deepfool(clip=False), DEEPFOOL, loss='margin'),
+    'ddn': Attack('L2', _ddn, {'steps': 100}, 'foolbox'),
+    'autoattack': Attack('Linf', _autoattack('Linf'), STANDARD, 'pyautoattack', loss='several'),
+    'autoattack_l2': Attack('L2', _autoattack('L2'), STANDARD, 'pyautoattack', loss='several'),
+    'transfer': Attack('Linf', _transfer, PGD, 'foolbox', loss=''),
+    'noise': Attack('', _noise, loss=''),
+    'corruptions': Attack('', _corruptions, loss=''),
 }

@@ -5,7 +5,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_batchout.pixels import PixelModel, frozen, modes_kept, parse_epsilon, seeded
+from timm_batchout.pixels import PixelModel, frozen, modes_kept, seeded
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available
 from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
 from timm_batchout.robustness.report import Report, Score, Variant
+from timm_batchout.text import parse_radius
 
 __all__ = ['evaluate', 'filled_in', 'weights_sha256']
 
@@ -91,7 +91,7 @@ def evaluate(
     options = filled_in(attacks, settings or {})
     if 'transfer' in options and transfer_from is None:
         raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
-    radii = {'L2': _l2_radii(eps_l2), 'Linf': _linf_radii(eps)}
+    radii = {'L2': _radii(eps_l2, 'L2'), 'Linf': _radii(eps, 'Linf')}
     if batch_size < 1:
         raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
     if labels is None or not isinstance(images, Tensor):
@@ -270,32 +270,16 @@ def _plan(attack: str, options: dict[str, Any], radii: dict[str, list[float]], i
     n = options.get('n', images)
     if not 0 < n <= images:
         raise ValueError(f'n of {attack} must lie in [1, {images}], the images, got {n}.')
-    l2 = ATTACKS[attack].norm == 'L2'
-    if 'eps' not in options:
-        return n, radii['L2' if l2 else 'Linf']
-    return n, _l2_radii(options['eps']) if l2 else _linf_radii(options['eps'])
+    norm = 'L2' if ATTACKS[attack].norm == 'L2' else 'Linf'  # standard deviations of 'noise' are bounded as Linf radii
+    return n, _radii(options['eps'], norm) if 'eps' in options else radii[norm]
 
 
 def _listed(eps: Any) -> list[Any]:
     return list(eps) if isinstance(eps, (list, tuple)) else [eps]
 
 
-def _linf_radii(eps: Any) -> list[float]:
-    return list(dict.fromkeys(parse_epsilon(epsilon) for epsilon in _listed(eps)))
-
-
-def _l2_radii(eps: Any) -> list[float]:
-    """They may be larger than 1."""
-    radii = []
-    for epsilon in _listed(eps):
-        try:
-            value = float(Fraction(epsilon)) if isinstance(epsilon, str) else float(epsilon)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"An L2 radius must be a number such as 0.5 or '128/255', got {epsilon!r}.") from error
-        if not 0 <= value < math.inf:
-            raise ValueError(f'An L2 radius must be at least 0, and finite, got {epsilon!r}.')
-        radii.append(value)
-    return list(dict.fromkeys(radii))
+def _radii(eps: Any, norm: str) -> list[float]:
+    return list(dict.fromkeys(parse_radius(epsilon, norm) for epsilon in _listed(eps)))
 
 
 def _pixels(images: Tensor, part: slice) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_batchout.pixels import format_radius, seeded
+from timm_batchout.pixels import seeded
 from timm_batchout.robustness.report import Score, Variant
+from timm_batchout.text import format_radius
 
 __all__ = ['measure', 'misled', 'suspicions', 'verdict']
 

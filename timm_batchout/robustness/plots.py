@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_batchout.robustness.attacks import ATTACKS
 from timm_batchout.robustness.report import Report, Variant
+from timm_batchout.robustness.tables import TITLES, attack_title
 
 __all__ = ['draw_curves']
 
@@ -29,7 +29,7 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    curves = {attack: _variants(reports, attack) for attack in ATTACKS}
+    curves = {attack: _variants(reports, attack) for attack in TITLES}
     curves = {attack: variants for attack, variants in curves.items() if len(variants) > 1}
     if not curves:
         raise ValueError('There is no curve to draw: evaluate an attack at two radii or more.')
@@ -42,7 +42,6 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
         ax.remove()
     any_masked = False
     for ax, (attack, variants) in zip(axes.flat, curves.items(), strict=False):
-        kind = ATTACKS[attack]
         for report in reports:
             known = {score.key: score for score in report.scores}
             points = [(x, known[attack, v]) for v, x in variants.items() if (attack, v) in known]
@@ -53,9 +52,8 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
             (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], '--' if masked else '-', marker='.')
             low, high = zip(*(score.interval for score in scores), strict=True)
             ax.fill_between(xs, [100 * v for v in low], [100 * v for v in high], color=line.get_color(), alpha=0.15)
-        unit = 'iterations' if attack in ITERATED else 'radius' if kind.norm else 'standard deviation'
-        title = ' '.join(filter(None, [kind.title, kind.norm]))
-        ax.set(title=title, xlabel=unit + ', pixels in [0, 1]' * (attack not in ITERATED), ylim=(0, 100))
+        unit = 'iterations' if attack in ITERATED else 'standard deviation' if attack == 'noise' else 'radius'
+        ax.set(title=attack_title(attack), xlabel=unit + ', pixels in [0, 1]' * (attack not in ITERATED), ylim=(0, 100))
         ax.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel('robust accuracy, %')

@@ -2,11 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 
-from timm_batchout.pixels import format_radius
-from timm_batchout.robustness.attacks import ATTACKS
 from timm_batchout.robustness.report import Report, Score, Variant
+from timm_batchout.text import format_radius
 
-__all__ = ['attack_title', 'cell', 'comparison', 'describe', 'overview', 'table', 'title']
+__all__ = ['TITLES', 'attack_title', 'cell', 'compare', 'describe', 'overview', 'table', 'title']
+
+TITLES = {  # of the attacks, with the norm of their radius or distance
+    'fgsm': 'FGSM Linf',
+    'pgd': 'PGD Linf',
+    'pgd_l2': 'PGD L2',
+    'deepfool': 'DeepFool L2',
+    'deepfool_unclipped': 'DeepFool unclipped L2',
+    'ddn': 'DDN L2',
+    'autoattack': 'AutoAttack Linf',
+    'autoattack_l2': 'AutoAttack L2',
+    'transfer': 'PGD on another net Linf',
+    'noise': 'Gaussian noise',
+    'corruptions': 'Corruptions',
+}
 
 
 def table(report: Report) -> str:
@@ -48,7 +61,7 @@ def overview(reports: Mapping[str, Report]) -> str:
     return '\n\n'.join(tables)
 
 
-def comparison(reports: Sequence[Report], names: Sequence[str] = (), first_only: bool = False) -> str:
+def compare(reports: Sequence[Report], names: Sequence[str] = (), first_only: bool = False) -> str:
     """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
 
     Nothing is best where nothing withstands, where it is the only one that is not masked, or where the models were not
@@ -94,13 +107,13 @@ def title(score: Score) -> str:
 
 
 def _name(attack: str, variant: Variant) -> str:
-    minimal = attack in ATTACKS and ATTACKS[attack].norm and variant == Variant()  # without a radius: DDN's own
+    minimal = attack in TITLES and variant == Variant()  # without a radius: DDN's own
     return ' '.join(filter(None, [attack_title(attack), 'any distance' if minimal else describe(variant)]))
 
 
 def attack_title(attack: str) -> str:
     """The attack and its norm: 'PGD Linf'."""
-    return ' '.join(filter(None, [ATTACKS[attack].title, ATTACKS[attack].norm])) if attack in ATTACKS else attack
+    return TITLES.get(attack, attack)
 
 
 def describe(variant: Variant) -> str:

@@ -1,12 +1,13 @@
-"""A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike."""
+"""A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike.
+
+Numbers may be written as fractions: ``epsilon: 8/255``.
+"""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 import yaml
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
@@ -18,7 +19,6 @@ __all__ = [
     'RobustValConfig',
     'ScheduleConfig',
     'TrainConfig',
-    'read_recipe',
 ]
 
 
@@ -220,9 +220,8 @@ class TrainConfig:
             if not 0 <= share < 1:
                 raise ValueError(f'{name} must lie in [0, 1), got {share}.')
         self._validate_augment()
-        if self.compile and self.compile not in torch.compiler.list_backends(exclude_tags=()):
-            names = ', '.join(torch.compiler.list_backends())
-            raise ValueError(f'compile must name a torch.compile backend ({names}, ...), got {self.compile!r}.')
+        if self.compile:
+            _check_backend(self.compile)
         if not self.output and not self.dry_run:
             raise ValueError('output is empty: name a folder for the run, e.g. --output runs/first.')
         if not 0 < self.data.val_fraction < 1:
@@ -276,22 +275,20 @@ class TrainConfig:
             if self.batch_size % 2:
                 raise ValueError(f'Mixup and CutMix need an even batch_size, got {self.batch_size}.')
 
-    @classmethod
-    def from_dict(cls, recipe: Mapping[str, Any]) -> 'TrainConfig':
-        """A recipe as its YAML has it."""
-        values = dict(recipe)
-        for name, default in vars(cls()).items():
-            kind: Any = type(default)
-            if name in values and hasattr(kind, '__dataclass_fields__'):
-                values[name] = kind(**values[name])
-        return cls(**values)
-
     def to_yaml(self) -> str:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
     def recipe(self) -> dict[str, Any]:
         """What decides the result, and where the data was: for result files."""
         return {name: value for name, value in asdict(self).items() if name not in self.LAUNCH}
+
+
+def _check_backend(name: str) -> None:
+    import torch  # not at the top: the command line reads recipes without it
+
+    if name not in torch.compiler.list_backends(exclude_tags=()):
+        names = ', '.join(torch.compiler.list_backends())
+        raise ValueError(f'compile must name a torch.compile backend ({names}, ...), got {name!r}.')
 
 
 def _floats(config: Any, prefix: str = '') -> Iterator[tuple[str, float]]:
@@ -302,36 +299,3 @@ def _floats(config: Any, prefix: str = '') -> Iterator[tuple[str, float]]:
                 yield prefix + name, number
         if is_dataclass(value):
             yield from _floats(value, f'{prefix}{name}.')
-
-
-def read_recipe(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """A recipe as its YAML has it; one that names a ``base`` (a file beside it) states only what differs.
-
-    Args:
-        path: The file.
-        above: The recipes whose base it is.
-
-    Raises:
-        ValueError: It is no mapping, or its base is not there, or is based on it.
-    """
-    recipe = yaml.safe_load(path.read_text()) or {}
-    if not isinstance(recipe, dict):
-        raise ValueError(f'{str(path)!r} must hold a mapping, got {str(recipe)[:40]!r}.')
-    if 'base' not in recipe:
-        return recipe
-    base = path.parent / str(recipe.pop('base'))
-    above = [*above, path.resolve()]
-    if base.resolve() in above:
-        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is based on it.')
-    if not base.is_file():
-        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is not there.')
-    return _merge(read_recipe(base, above), recipe)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    both = {
-        key: _merge(base[key], over[key])
-        for key in base
-        if isinstance(base[key], dict) and isinstance(over.get(key), dict)
-    }
-    return {**base, **over, **both}

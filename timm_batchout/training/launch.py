@@ -10,9 +10,9 @@ run/result.json          test accuracy, recipe, seed, versions, hardware, sha256
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_from_env, set_seed
 from torch import Tensor, nn
 
-import timm_batchout  # noqa: F401  (registers the zoo's models)
+import timm_batchout.zoo.register  # noqa: F401
 from timm_batchout.data.memory import Split, load_data
 from timm_batchout.data.workers import TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
 from timm_batchout.pixels import PixelModel
+from timm_batchout.recipe import configure
 from timm_batchout.training.checkpoints import restore_checkpoint
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.run_folder import RunFolder, recipe_changes
@@ -40,16 +41,30 @@ from timm_batchout.zoo.timm_twins import check_model_name
 __all__ = ['Interrupted', 'recipe_changes', 'train']
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train a model by a recipe; returns what it writes to ``result.json`` (a dry run: what it would train).
+def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> dict[str, Any]:
+    """Train a model by a recipe: what ``timm-batchout train`` does.
+
+    ``train('recipe.yaml', model='batchout_resnet18', output='runs/a', optimizer={'lr': 1e-3})``
+
+    Args:
+        recipe: A YAML file, what one would hold, or a config; None: the defaults.
+        **overrides: Fields of ``TrainConfig``. A mapping for a nested config changes what it names and keeps the rest.
+
+    Returns:
+        What it writes to ``result.json``: metrics, recipe, seed, versions, hardware and the sha256 of the weights. A
+        dry run returns what it would train.
 
     Raises:
-        ValueError: A config value out of range, data that is not there, images that the model does not take, an
-            output folder that holds another run, nothing to resume. Before the first step, in every case.
+        ValueError: An unknown key, a value out of range, data that is not there, images that the model does not take,
+            an output folder that holds another run, nothing to resume. Before the first step, in every case.
         FloatingPointError: The loss became NaN or infinite, and ``non_finite`` is 'stop'.
         RuntimeError: A checkpoint could not be written; the one before is intact.
         Interrupted: SIGTERM or SIGINT. The step was finished and saved.
     """
+    if isinstance(recipe, TrainConfig):
+        config = configure(TrainConfig, asdict(recipe), **overrides) if overrides else recipe
+    else:
+        config = configure(TrainConfig, recipe, **overrides)
     config.validate()
     check_model_name(config.model)
     splits = load_data(config.data)

@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from timm.models import resolve_pretrained_cfg
-
 __all__ = [
     'FOLDER',
     'NAMESPACE',
@@ -42,6 +40,8 @@ def from_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: See ``fetch``.
     """
+    from timm.models import resolve_pretrained_cfg  # not at the top: `timm-batchout list` answers without timm
+
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     elsewhere = cfg.source == 'local-dir' or (cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file))

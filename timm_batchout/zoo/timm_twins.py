@@ -4,7 +4,6 @@
 state_dict keys, same logits in eval; its features are augmented while it trains.
 """
 
-import difflib
 import logging
 import math
 import sys
@@ -22,6 +21,7 @@ from torch import nn
 
 from timm_batchout.inject import add_batchout, batchout_sites
 from timm_batchout.layer import BatchOutConfig
+from timm_batchout.text import did_you_mean
 from timm_batchout.zoo.pretrained import from_hub
 
 __all__ = ['check_model_name', 'create_twin', 'depth_scaled_eta', 'register_twins']
@@ -175,9 +175,8 @@ def _twin_of_a_twin(name: str) -> str:
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f'Did you mean {near[0]!r}?' if near else 'timm.list_models() lists all there are.'
-    return f'There is no model {name!r}. {hint}'
+    hint = did_you_mean(name, names) or ' timm.list_models() lists all there are.'
+    return f'There is no model {name!r}.{hint}'
 
 
 register_twins()

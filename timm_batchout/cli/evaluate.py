@@ -1,0 +1,146 @@
+"""timm-batchout evaluate"""
+
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm_batchout.data.config import DataConfig
+from timm_batchout.robustness.report import Report, differences
+from timm_batchout.robustness.tables import table
+
+__all__ = ['EvaluateConfig', 'run']
+
+
+@dataclass
+class EvaluateConfig:
+    """Accuracy of a model, clean and under attack, and whether its gradients can be trusted, as one JSON report.
+
+    Args:
+        model: A timm model name, with or without tag, or hf-hub:NAMESPACE/NAME.
+        checkpoint: Score this .safetensors file instead of the pretrained weights.
+        model_args: Keyword arguments for ``timm.create_model``.
+        data: The test set.
+        images: How many of its images, drawn by the seed; 0: all of it.
+        attacks: fgsm, pgd, pgd_l2, deepfool, deepfool_unclipped, ddn, autoattack, autoattack_l2, transfer, noise,
+            corruptions.
+        eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
+        eps_l2: L2 radii in [0, 1] pixels.
+        settings: Of the attacks, in place of their defaults: '{pgd: {steps: 100}}'.
+        transfer_from: The model whose adversarial images 'transfer', and the audit, take.
+        audit: Check for gradient masking.
+        batch_size: Images at a time.
+        seed: Of the draw and of the attacks.
+        device: Where to compute; empty: a GPU if there is one.
+        output: Write the report to this JSON file.
+        expect: An earlier report of these weights: show where this one differs, and exit with 1 if it does.
+        figure: Draw accuracy over the radius to this file (.svg, .png).
+        resume: Go on where a run with the same settings was broken off.
+    """
+
+    model: str
+    checkpoint: str = ''
+    model_args: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    images: int = 0
+    attacks: list[str] = field(default_factory=lambda: ['fgsm'])
+    eps: list[float | str] = field(default_factory=lambda: ['8/255'])
+    eps_l2: list[float | str] = field(default_factory=lambda: ['0.5'])
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    transfer_from: str = ''
+    audit: bool = True
+    batch_size: int = 100
+    seed: int = 0
+    device: str = ''
+    output: str = ''
+    expect: str = ''
+    figure: str = ''
+    resume: bool = False
+
+
+def run(config: EvaluateConfig) -> int:
+    from timm_batchout.data.memory import data_label, load_split
+    from timm_batchout.robustness.attacks import check_available
+    from timm_batchout.robustness.harness import evaluate
+
+    check_available(config.attacks)
+    if config.figure and not config.output:
+        raise ValueError('A figure is drawn from a report: name an --output as well.')
+    expected = Report.load(config.expect) if config.expect else None
+    model = _load(config.model, config.checkpoint, config.model_args)
+    split = load_split(config.data, train=False)
+    if not 0 <= config.images <= len(split):
+        raise ValueError(f'images must lie in [1, {len(split)}], the test set, or be 0 for all; got {config.images}.')
+    chunks = Path(f'{config.output}.chunks') if config.output else None
+    state = _processes()
+    if chunks and not config.resume and state.is_main_process:
+        shutil.rmtree(chunks, ignore_errors=True)
+    state.wait_for_everyone()
+    device = config.device or str(state.device)
+    report = evaluate(
+        model.to(device),
+        split.images.to(device),
+        split.labels.to(device),
+        config.attacks,
+        config.eps,
+        config.eps_l2,
+        settings=config.settings,
+        transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
+        n=config.images,
+        audit=config.audit,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        name=config.checkpoint or config.model,
+        data=data_label(config.data),
+        chunks=chunks,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        wait=state.wait_for_everyone,
+        progress=sys.stderr.isatty(),
+    )
+    if state.is_main_process:
+        print(table(report))
+        if chunks:
+            report.save(config.output)
+            shutil.rmtree(chunks, ignore_errors=True)
+        if config.figure:
+            from timm_batchout.robustness.plots import draw_curves
+
+            draw_curves([report], config.figure)
+    if expected:
+        different = differences(report, expected)
+        if state.is_main_process:
+            print('\n'.join(['Differs from the expected report:', *different]) if different else 'As expected.')
+        return int(bool(different))
+    return 0
+
+
+def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) -> Any:
+    """A model by name, with its pretrained weights or those of a safetensors file."""
+    import timm
+    from safetensors import SafetensorError
+
+    import timm_batchout.zoo.register  # noqa: F401
+    from timm_batchout.zoo.timm_twins import check_model_name
+
+    if name.endswith('.safetensors') or Path(name).is_file():
+        raise ValueError(f'{name!r} is a file: name the architecture as MODEL, and the file as --checkpoint.')
+    check_model_name(name)
+    if checkpoint and not checkpoint.endswith('.safetensors'):
+        raise ValueError(f'checkpoint must be a .safetensors file, got {checkpoint!r}: pickles can run code.')
+    if checkpoint and not Path(checkpoint).is_file():
+        raise ValueError(f'checkpoint {checkpoint!r} is not there: name a .safetensors file, e.g. of a run folder.')
+    weights_of = {'checkpoint_path': checkpoint} if checkpoint else {'pretrained': True}
+    try:
+        return timm.create_model(name, **{**weights_of, **(model_args or {})})
+    except SafetensorError as error:
+        raise ValueError(f'{checkpoint or name} is damaged, write or download it again: {error}.') from error
+
+
+def _processes() -> Any:
+    """Accelerate's view of the processes that share the work."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())

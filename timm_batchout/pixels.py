@@ -16,6 +16,7 @@ __all__ = [
     'modes_kept',
     'normalization',
     'seeded',
+    'states_normalization',
 ]
 
 
@@ -42,7 +43,10 @@ class PixelModel(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model((images - self.mean) / self.std).float()
+        logits = self.model((images - self.mean) / self.std).float()
+        if images.requires_grad and not logits.requires_grad:  # a net without a path for gradients: they are zero
+            logits = logits + 0 * images.sum()
+        return logits
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -56,11 +60,21 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
         ``mean`` and ``std`` of its ``pretrained_cfg``; ``(0.0,)`` and ``(1.0,)`` for a model that states none, whose
         input is plain [0, 1] pixels.
     """
+    cfg = _stated_cfg(model)
+    return tuple(cfg.get('mean') or (0.0,)), tuple(cfg.get('std') or (1.0,))
+
+
+def states_normalization(model: nn.Module) -> bool:
+    """Whether ``normalization`` is what the model states; else plain [0, 1] pixels are assumed."""
+    return bool(_stated_cfg(model).get('mean') and _stated_cfg(model).get('std'))
+
+
+def _stated_cfg(model: nn.Module) -> dict[str, Any]:
     inner: Any = model
     while isinstance(inner, nn.Module) and not getattr(inner, 'pretrained_cfg', None):
         inner = getattr(inner, '_orig_mod', None) or getattr(inner, 'module', None)
     cfg = getattr(inner, 'pretrained_cfg', None) or {}
-    return tuple(cfg.get('mean') or (0.0,)), tuple(cfg.get('std') or (1.0,))
+    return cfg if isinstance(cfg, dict) else cfg.to_dict()
 
 
 def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:

@@ -61,7 +61,7 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants
     for data in dict.fromkeys(report.data for report in reports):
         same = [report for report in reports if report.data == data]
         lines += [compare_reports(same), '', 'Gradient masking, as the audit of each report has it:', '']
-        lines += [f'- {report.model}: {report.audit["verdict"]}' for report in same if report.audit] + ['']
+        lines += [f'- {report.model}: {report.audit.verdict}' for report in same if report.audit] + ['']
     return '\n'.join(lines)
 
 

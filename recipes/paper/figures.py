@@ -1,7 +1,6 @@
 """The paper's figures: which nets each one needs, trained by the recipes, attacked, and written to one JSON."""
 
 import json
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 import timm
 
 from timm_batchout.data.config import DataConfig
-from timm_batchout.data.memory import Split, data_label, load_split
+from timm_batchout.data.images import Split
+from timm_batchout.data.memory import data_label, load_split
 from timm_batchout.provenance import environment
 from timm_batchout.recipe import configure, read_recipe
+from timm_batchout.robustness.chunks import Chunks
 from timm_batchout.robustness.harness import evaluate, filled_in, weights_sha256
 from timm_batchout.robustness.report import Report
 from timm_batchout.text import did_you_mean
@@ -223,16 +224,16 @@ class Paper:
         wanted = [*figure.eps, *([n_deepfool] if figure.deepfool else []), n]
         data = data_label(config.data)
         path = Path(config.output) / f'report-{"-".join(str(x).replace("/", "of") for x in wanted)}.json'
-        chunks = path.with_suffix('.chunks')
+        chunks = Chunks(path.with_suffix('.chunks'))
         report = Report.load(path) if path.is_file() else None
         asked = (weights_sha256(model), filled_in(attacks, settings), data)
         if report is None or (report.weights_sha256, report.settings, report.data) != asked:
             report = evaluate(
                 model, split.images, split.labels, attacks, figure.eps,
-                settings=settings, n=n, name=config.model, data=data, chunks=chunks,
+                settings=settings, n=n, name=config.model, data=data, chunks=chunks, audit=False,
             )  # fmt: skip
             report.save(path)
-        shutil.rmtree(chunks, ignore_errors=True)
+        chunks.discard()
         return report
 
     def _test(self, data: DataConfig) -> Split:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from timm_batchout import batchout_sites
 from timm_batchout.data.config import DataConfig
-from timm_batchout.data.memory import Split, data_label, load_split
+from timm_batchout.data.images import Split
+from timm_batchout.data.memory import data_label, load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.deepfool import deepfool
@@ -103,7 +104,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
 
 def fgsm_accuracy(model: nn.Module, test: Split) -> dict[str, Any]:
     """Counts of the test images that are right: clean, and under FGSM at each radius."""
-    report = evaluate(model, test.images, test.labels, ['fgsm'], EPSILONS, batch_size=500)
+    report = evaluate(model, test.images, test.labels, ['fgsm'], EPSILONS, batch_size=500, audit=False)
     scores = {epsilon: report.score('fgsm', epsilon) for epsilon in EPSILONS} | {'clean': report.score('clean')}
     counts = {name: {'correct': s.correct, 'accuracy': s.accuracy} for name, s in scores.items()}
     return {'n': report.n, 'clean': counts.pop('clean'), 'fgsm': counts}

@@ -15,8 +15,9 @@ from timm_batchout.cli.main import main
 from timm_batchout.hub.card import Entry, eval_results, make_card, summary
 from timm_batchout.hub.leaderboard import write_gallery
 from timm_batchout.robustness.attacks import ATTACKS
+from timm_batchout.robustness.masking import judge
 from timm_batchout.robustness.plots import draw_curves
-from timm_batchout.robustness.report import Report, Score
+from timm_batchout.robustness.report import Audit, Report, Score
 from timm_batchout.robustness.tables import compare
 from timm_batchout.zoo.pretrained import bundled_cards
 
@@ -35,12 +36,12 @@ def report(model='net', clean=80, masked=False):
         Score('deepfool', 30, 100, 'L2', iteration=4, median_distance=0.2, mean_distance=0.3),
         Score('deepfool', 20, 100, 'L2', iteration=5, median_distance=0.25, mean_distance=0.3),
     ]
-    reasons = ['3% of the images have zero gradients'] if masked else []
-    audit = {
-        'n': 80, 'radius': 8 / 255, 'steps': 20, 'logit_std': 4.0, 'zero_gradients': 0.03 * masked,
-        'pgd': {'cross-entropy': 0.1}, 'unbounded': {'cross-entropy': 0.0}, 'suspicions': reasons,
-        'verdict': 'LIKELY: 3% of the images have zero gradients.' if masked else 'no sign of it.',
-    }  # fmt: skip
+    reasons = ['6% of the images have zero gradients'] if masked else []
+    audit = Audit(
+        n=80, radius=8 / 255, steps=20, logit_std=4.0, zero_gradients=0.06 * masked, queries=500, left=30, taken=1,
+        pgd={'cross-entropy': 0.1}, unbounded={'cross-entropy': 0.0}, suspicions=reasons,
+        verdict='LIKELY: 6% of the images have zero gradients.' if masked else 'no sign of it.',
+    )  # fmt: skip
     return Report(
         model=model, data='CIFAR-10 (JPEG q75 copy)', n=100, batch_size=50, seed=0,
         indices='the first n of torch.randperm(100), seed 0',
@@ -117,7 +118,7 @@ def test_what_is_said_of_the_method():
     stock = make_card(entry(config=config, run={}))
     assert 'BatchOut: while' in stock.text and 'plain timm loads it' in stock.text
     assert 'the package checks it' in card() and 'the package checks it' not in stock.text
-    assert (stock.data.license, make_card(entry()).data.license) == ('mit', 'apache-2.0')
+    assert (stock.data.license, make_card(entry()).data.license) == ('mit', 'unknown')
 
 
 def test_a_card_shows_only_what_its_own_model_was_measured_on():
@@ -238,12 +239,12 @@ def test_the_gallery(gallery):
 
 def test_nothing_right_is_nothing_checked(tmp_path):
     hopeless = report()
-    hopeless.audit = {'n': 0, 'suspicions': [], 'verdict': 'nothing to check: no image was classified right.'}
+    hopeless.audit = judge(Audit(n=0))
     (tmp_path / 'net').mkdir()
     (tmp_path / 'net' / 'results.json').write_text(json.dumps({'repo': 'me/net', 'report': hopeless.to_dict()}))
     write_gallery(tmp_path)
     assert (tmp_path / 'README.md').read_text().endswith('| not checked |\n')
-    assert 'nothing to check' in make_card(entry(report=hopeless)).text
+    assert 'too few images to tell' in make_card(entry(report=hopeless)).text
 
 
 def assert_self_contained(page):

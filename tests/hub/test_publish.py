@@ -284,35 +284,6 @@ for label, damage in damages.items():
     assert not [request for request in hub.requests if 'passwd' in request or 'bin' in request.split('/')[-1][-4:]]
 
 
-def test_what_is_staged_tells_nothing_of_this_machine(tmp_path):
-    """Neither where its files lay, nor what else lies in the folder of the card."""
-    file, run = bundled('mnist_cnn.baseline_mnist')
-    recipe = {
-        **run['recipe'],
-        'data': {**run['recipe']['data'], 'root': str(tmp_path / 'data')},
-        'output': str(tmp_path / 'runs' / 'x'),
-        'model_args': {'features': [str(tmp_path / 'pretrained.safetensors')]},
-    }
-    report = Report.load(REPORTS / 'mnist_cnn.baseline_mnist.json')
-    report.model = str(tmp_path / 'runs' / 'x' / 'model.safetensors')
-    twin = Report.load(REPORTS / 'mnist_cnn.fgsm_at_mnist.json')
-    twin.model = str(tmp_path / 'runs' / 'y' / 'model.safetensors')
-    cards = tmp_path / 'cards'
-    staged = stage('mnist_cnn', file, report, {**run, 'recipe': recipe}, cards, 'me/net', twin)
-    (cards / 'net' / '.env').write_text('HF_TOKEN=hf_mine')
-    (cards / 'net' / 'notes.md').write_text('mine')
-    assert list(staged.files()) == ['README.md', 'config.json', 'results.json', 'curves.svg', 'model.safetensors']
-    for name in ('README.md', 'config.json', 'results.json', 'curves.svg'):
-        text = staged.files()[name].read_text()
-        assert str(tmp_path) not in text and '/home' not in text, name
-    assert 'pretrained.safetensors' in (cards / 'net' / 'README.md').read_text()
-    assert recipe['data']['root'] and report.model.startswith('/'), 'the caller keeps what it had'
-
-    report.scores = [score for score in report.scores if score.attack == 'clean']
-    staged = stage('mnist_cnn', file, report, run, cards, 'me/net')
-    assert 'curves.svg' not in staged.files(), 'one of an earlier report is no figure of this one'
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

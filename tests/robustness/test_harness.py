@@ -6,8 +6,10 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import planted
 import pytest
 import timm
 import torch
@@ -21,15 +23,15 @@ from timm_batchout.cli.evaluate import EvaluateConfig
 from timm_batchout.cli.main import main
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import load_split
-from timm_batchout.pixels import PixelModel
 from timm_batchout.recipe import parse
+from timm_batchout.robustness.chunks import Chunks
 from timm_batchout.robustness.deepfool import deepfool
-from timm_batchout.robustness.harness import evaluate
-from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
-from timm_batchout.robustness.report import Report, Score, Variant, wilson
+from timm_batchout.robustness.harness import evaluate as evaluate_and_audit
+from timm_batchout.robustness.report import Report, Variant, wilson
 from timm_batchout.robustness.tables import compare, table
 
 foolbox = pytest.importorskip('foolbox')
+evaluate = partial(evaluate_and_audit, audit=False)  # audits have tests of their own
 ALL = ['fgsm', 'pgd', 'pgd_l2', 'deepfool', 'ddn', 'noise', 'corruptions']
 
 
@@ -122,7 +124,7 @@ def test_a_report_of_everything(net, digits, tmp_path):
     assert 0.1 < report.score('ddn').median_distance < 5
     iterations = [report.score('deepfool', iteration=i).correct for i in range(1, 6)]
     assert iterations == sorted(iterations, reverse=True) and iterations[-1] < 40
-    assert report.audit['verdict'] == 'no sign of it.' and not any(score.masked for score in report.scores)
+    assert report.audit.verdict == 'no sign of it.' and not any(score.masked for score in report.scores)
 
     report.save(tmp_path / 'report.json')
     assert Report.load(tmp_path / 'report.json') == report
@@ -148,7 +150,7 @@ def test_layers_keep_their_modes(net, linear, digits):
 
 
 def test_a_net_that_draws_gives_one_report(net, digits):
-    arguments = (Noisy(net), *digits, ['fgsm', 'deepfool', 'noise'], ['0.1'])
+    arguments = (nn.Sequential(planted.Noise(0.3), net), *digits, ['fgsm', 'deepfool', 'noise'], ['0.1'])
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = evaluate(*arguments, audit=True)
@@ -178,15 +180,41 @@ def test_one_seed_one_report_however_the_work_is_shared(net, digits, tmp_path):
     whole = evaluate(*arguments, batch_size=25)
     assert without_time(evaluate(*arguments, batch_size=25)) == without_time(whole)
     assert without_time(evaluate(*arguments, batch_size=25, seed=1)) != without_time(whole)
-    options = {'batch_size': 25, 'chunks': tmp_path, 'world_size': 2}
+    chunks = Chunks(tmp_path / 'chunks')
+    options = {'batch_size': 25, 'chunks': chunks, 'world_size': 2}
+    names = []
 
-    def other_process():
-        if not list(tmp_path.rglob('*_0000025.json')):
-            evaluate(*arguments, **options, rank=1, wait=lambda: None)
+    def finished():
+        names.append(sorted(path.name for path in (tmp_path / 'chunks').rglob('*.json')))
 
-    with pytest.raises(FileNotFoundError):  # the second process alone finds no chunk of the first
-        other_process()
+    assert without_time(evaluate(*arguments, **options, rank=1, wait=finished)) == without_time(whole)
+    assert names == [[], sorted(names[1])] and 0 < len(names[1]) < 12, 'its own share before the others come'
     assert without_time(evaluate(*arguments, **options, rank=0)) == without_time(whole)
+    stranger = tmp_path / 'chunks' / 'notes.txt'
+    stranger.write_text('mine')
+    chunks.discard()
+    assert list((tmp_path / 'chunks').iterdir()) == [stranger]
+
+
+@pytest.mark.parametrize('damage', [b'', b'null', b'{}', b'{"records": []}', 'flip', 'cut'])
+def test_a_damaged_chunk_is_measured_again(net, digits, tmp_path, damage):
+    arguments = {'model': net, 'images': digits[0], 'labels': digits[1], 'eps': ['0.1'], 'batch_size': 30}
+    whole = evaluate(**arguments, chunks=Chunks(tmp_path))
+    (path,) = tmp_path.rglob('fgsm_0000030.json')
+    content = path.read_bytes()
+    if damage == 'flip':
+        at = content.index(b'"right": [') + len(b'"right": [')
+        damage = content[:at] + (b'0' if content[at : at + 1] == b'1' else b'1') + content[at + 1 :]
+    elif damage == 'cut':
+        damage = content.replace(b'"right": [1, ', b'"right": [').replace(b'"right": [0, ', b'"right": [')
+    path.write_bytes(damage)
+    assert without_time(evaluate(**arguments, chunks=Chunks(tmp_path))) == without_time(whole)
+    assert path.read_bytes() == content
+    measured = path.stat().st_mtime_ns
+    evaluate(**arguments, chunks=Chunks(tmp_path))
+    assert path.stat().st_mtime_ns == measured, 'a sound one is taken as it is'
+    evaluate(**arguments, chunks=Chunks(tmp_path, resume=False))
+    assert path.stat().st_mtime_ns > measured
 
 
 KILL = """
@@ -226,162 +254,6 @@ def test_killed_and_resumed(tmp_path, capsys):
     assert '**' in capsys.readouterr().out
 
 
-# The audit, on nets built to mask, and on honest ones.
-
-
-class Scaled(nn.Module):
-    """Logits so large that the gradient of the cross-entropy underflows."""
-
-    def __init__(self, model, scale):
-        super().__init__()
-        self.model, self.scale = model, scale
-
-    def forward(self, x):
-        return self.scale * self.model(x)
-
-
-class Quantised(nn.Module):
-    """Images in a few levels: no gradient gets through."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model((x * 4).round() / 4)
-
-
-class Noisy(nn.Module):
-    """Noise on the image, new each time."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x + 0.3 * torch.randn_like(x))
-
-
-def audited(model, digits, **options):
-    options = {'radii': [0.05, 0.1, 0.2], **options}
-    return suspicions(measure(PixelModel(model), pixels(digits[0]), digits[1], **options))
-
-
-def test_the_audit_fires_on_nets_that_mask(net, digits):
-    assert any('zero gradients' in reason for reason in audited(Scaled(net, 1e4), digits))
-    assert any('PGD on the cross-entropy leaves' in reason for reason in audited(Scaled(net, 1e4), digits))
-    assert any('zero gradients' in reason for reason in audited(Quantised(net), digits))
-    assert any('gradient is random' in reason for reason in audited(Noisy(net), digits))
-    assert any("another net's images" in reason for reason in audited(Quantised(net), digits, source=PixelModel(net)))
-
-
-def test_the_audit_is_silent_on_honest_nets(net, linear, digits):
-    robust = trained(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)), epsilon=0.1)
-    for honest in (net, linear, robust):
-        assert audited(honest, digits, source=PixelModel(linear)) == []
-    radii = ['0.1']
-    weak, strong = (evaluate(model, *digits, ['pgd'], radii).score('pgd', '0.1').correct for model in (net, robust))
-    assert strong > weak + 10, 'the robust net is robust'
-
-
-def test_masked_figures_are_marked_and_never_best(net, digits):
-    honest, masking = (
-        evaluate(model, *digits, ['pgd', 'deepfool', 'noise'], ['0.05'], audit=True, name=name)
-        for name, model in (('honest', net), ('masking', Scaled(net, 1e4)))
-    )
-    assert masking.score('pgd', '0.05').masked and not masking.score('noise', '0.05').masked
-    assert masking.score('deepfool', iteration=5).correct == honest.score('deepfool', iteration=5).correct, (
-        'the margin knows no scale'
-    )
-    assert not masking.score('deepfool', iteration=5).masked
-    assert evaluate(Quantised(net), *digits, ['deepfool'], audit=True).score('deepfool', iteration=5).masked
-    assert masking.score('pgd', '0.05').correct > honest.score('pgd', '0.05').correct
-    assert 'PGD Linf 0.05 (masked)' in table(masking) and 'LIKELY' in table(masking)
-    compared = compare([honest, masking])
-    row = next(line for line in compared.splitlines() if line.startswith('| PGD Linf 0.05 | 60 |'))
-    assert f'| {100 * honest.score("pgd", "0.05").accuracy:.2f} |' in row and row.endswith('(masked) |')
-    assert '**' not in row, 'nothing is best beside a masked figure'
-
-
-FINE: dict = {
-    'n': 9, 'zero_gradients': 0, 'non_finite_gradients': 0, 'repeatability': 1, 'smoothness': 0.5, 'neighbourhood': 0.3,
-    'radii': [{'radius': 0.3, 'fgsm': 0.6, 'pgd': 0.0}], 'pgd': {'cross-entropy': 0.2, 'margin': 0.2},
-    'unbounded': {'cross-entropy': 0, 'margin': 0},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ('changes', 'reason', 'marked'),
-    [
-        ({}, '', []),
-        ({'zero_gradients': 0.02}, '2% of the images have zero gradients', ['cross-entropy']),
-        ({'non_finite_gradients': 0.02}, '2% of the images have non finite gradients', ['cross-entropy']),
-        ({'repeatability': 0.9}, 'the gradient is random', ['cross-entropy', 'margin', 'several']),
-        ({'smoothness': -0.1}, 'neighbours within 0.3 have other gradients', ['cross-entropy']),
-        ({'radii': [*FINE['radii'], {'radius': 0.1, 'fgsm': 0.95, 'pgd': 0.2}]}, 'at 0.1 FGSM leaves 95.0% right, PGD',
-         ['cross-entropy']),
-        ({'pgd': {'cross-entropy': 0.3, 'margin': 0.2}}, 'PGD on the cross-entropy leaves 30.0% right, on the margin',
-         ['cross-entropy']),
-        ({'transfer': 0.1}, "PGD leaves 20.0% right, another net's images 10.0%", ['cross-entropy']),
-        ({'unbounded': {'cross-entropy': 0.1, 'margin': 0.0}}, 'an attack without bounds leaves 10.0%',
-         ['cross-entropy']),
-        ({'unbounded': {'cross-entropy': 0.1, 'margin': 0.1}}, 'an attack without bounds leaves 10.0%',
-         ['cross-entropy', 'margin']),
-    ],
-)  # fmt: skip
-def test_every_suspicion_alone(changes, reason, marked):
-    measured = {**FINE, **changes}
-    found = suspicions(measured)
-    assert len(found) == bool(reason) and ''.join(found).startswith(reason)
-    losses = ['cross-entropy', 'margin', 'several', '']
-    assert [loss for loss in losses if misled(loss, measured, found)] == marked
-    assert ('AutoAttack' in verdict(measured, found)) == ('several' in marked)
-
-
-def test_a_net_that_overfitted_to_fgsm_is_found_by_the_default_attack(net, digits):
-    """FGSM alone at 0.3, where PGD leaves nothing on any loss: the bundled net of FGSM training on MNIST."""
-    fgsm_at = evaluate(
-        timm.create_model('mnist_cnn.fgsm_at_mnist', pretrained=True), *digits, eps='0.3', n=20, audit=True
-    )
-    assert fgsm_at.score('fgsm', '0.3').masked and 'have other gradients' in fgsm_at.audit['verdict']
-    honest = evaluate(net, *digits, eps='0.3', audit=True)
-    assert honest.audit['verdict'] == 'no sign of it.' and honest.score('clean').correct == honest.audit['n']
-    tried = {entry['radius']: entry for entry in honest.audit['radii']}
-    assert round(tried[0.3]['fgsm'] * honest.audit['n']) == honest.score('fgsm', '0.3').correct
-    assert tried[0.3]['pgd'] == 0 < honest.audit['pgd']['cross-entropy'] == tried[honest.audit['radius']]['pgd'] < 1
-
-
-def test_nothing_to_check(net, digits):
-    wrong = (net(pixels(digits[0])).argmax(1) + 1) % 10
-    report = evaluate(net, digits[0], wrong, audit=True)
-    assert report.audit['verdict'] == 'nothing to check: no image was classified right.'
-    assert report.audit['n'] == 0 and not report.score('fgsm', '8/255').masked and 'LIKELY' not in table(report)
-
-
-def test_orders_that_cannot_be():
-    def found(*scores, right=None):
-        return suspicions(FINE, [Score(*score) for score in scores], right)
-
-    assert found(('fgsm', 5, 100, 'Linf', 0.1), ('fgsm', 40, 100, 'Linf', 0.2)) == [
-        'accuracy under fgsm rises with the radius'
-    ]
-    for strong, weak in (
-        ('pgd', 'fgsm'), ('autoattack', 'fgsm'), ('autoattack', 'pgd'), ('pgd', 'transfer'), ('autoattack', 'transfer'),
-        ('autoattack_l2', 'pgd_l2'), ('ddn', 'pgd_l2'),
-    ):  # fmt: skip
-        weaker = (weak, 5, 100, 'Linf', 0.1)
-        assert found(weaker, (strong, 40, 100, 'Linf', 0.1)) == [f'{weak} at 0.1 does more than {strong}']
-        assert found(weaker, (strong, 9, 100, 'Linf', 0.1)) == [], 'within the tolerance'
-        assert found(weaker, (strong, 40, 100, 'Linf', 0.05)) == [], 'another radius'
-    on_fewer = [('fgsm', 2, 4, 'Linf', 0.1), ('pgd', 2, 2, 'Linf', 0.1)]
-    right = {('fgsm', Variant(0.1)): [1] * 20 + [0] * 20, ('pgd', Variant(0.1)): [1] * 20}
-    assert found(*on_fewer, right=right) == [], 'of the images that both were run on, as many withstand both'
-    right['fgsm', Variant(0.1)] = [0] * 9 + [1] * 31
-    assert found(*on_fewer, right=right) == [], 'nine of twenty: chance'
-    right['fgsm', Variant(0.1)] = [0] * 10 + [1] * 30
-    assert found(*on_fewer, right=right) == ['fgsm at 0.1 does more than pgd']
-
-
 def test_autoattack(net, digits):
     pytest.importorskip('pyautoattack')
     images, labels = digits[0][:12], digits[1][:12]
@@ -405,7 +277,7 @@ def test_transfer(net, linear, digits):
     assert report.score('pgd', '0.2').correct <= report.score('transfer', '0.2').correct < report.score('clean').correct
     assert len(report.settings['transfer']['source_sha256']) == 64
     audits = [evaluate(net, *digits, audit=True, transfer_from=source).audit for source in (None, linear)]
-    assert ['transfer' in audit for audit in audits] == [False, True]
+    assert audits[0].transfer is None and 0 < audits[1].transfer <= 1
 
 
 class Tuple(nn.Module):
@@ -470,24 +342,63 @@ def test_bad_commands(tmp_path, capsys):
     for arguments, message in (
         ([str(damaged)], 'is a file: name the architecture as MODEL, and the file as --checkpoint'),
         (['mnist_cnn', '--checkpoint', 'nowhere.safetensors'], "'nowhere.safetensors' is not there"),
-        (['mnist_cnn', '--checkpoint', str(damaged)], 'damaged.safetensors is damaged'),
+        (['mnist_cnn', '--checkpoint', str(damaged)], "damaged.safetensors' is damaged"),
         (['mnist_cnn', 'cifar_vgg'], 'Name one model, got 2: mnist_cnn cifar_vgg'),
         (['mnist_cnm'], "Did you mean 'mnist_cnn'"),
         (['mnist_cnn', '--data.name', 'digits', '--images', '9999'], 'images must lie in [1, '),
         (['mnist_cnn', '--attacks', '[fgsn]'], "There is no attack 'fgsn'"),
         (['cifar_vgg', '--data.root', str(tmp_path)], 'mnist is not in'),
         (['mnist_cnn', '--figure', 'curve.svg'], 'name an --output'),
-        (['mnist_cnn', '--checkpoint', 'weights.pth'], '.safetensors'),
+        (['mnist_cnn', '--checkpoint', 'weights.pth'], "'weights.pth' is not there"),
+        (['mnist_cnn', '--data.name', 'digits', '--output', str(tmp_path)], 'is a folder: name a file in it'),
+        (['mnist_cnn', '--data.name', 'digits', '--output', str(damaged)], 'holds something else and is not'),
     ):
         assert main(['evaluate', *arguments]) == 2
         assert message in capsys.readouterr().err, arguments
 
 
 def test_files_that_are_no_reports(tmp_path, capsys):
-    for text in ('{', '[]', '{}', '{"scores": [{}]}', '\xff'):
+    for text in ('{', '[]', '{}', '{"scores": [{}]}', '\xff', '[' * 100_000):
         (tmp_path / 'other.json').write_text(text, 'latin-1')
         assert main(['compare', str(tmp_path / 'other.json')]) == 2
         assert "other.json' is no report" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'message'),
+    [
+        (('scores', 1, 'correct'), -5, r'scores\[1\].correct must lie in \[0, n=60\], got -5'),
+        (('scores', 1, 'correct'), 61, r'scores\[1\].correct must lie in \[0, n=60\], got 61'),
+        (('scores', 1, 'correct'), math.nan, r'scores\[1\].correct must be of type int'),
+        (('scores', 1, 'correct'), None, r'scores\[1\].correct must be of type int'),
+        (('scores', 1, 'n'), 0, r'scores\[1\].n must be at least 1'),
+        (('scores', 1, 'masked'), 'no', r'scores\[1\].masked must be of type bool'),
+        (('scores', 1, 'radius'), -0.1, r'scores\[1\].radius must be at least 0'),
+        (('scores', 1, 'radius'), math.inf, r'scores\[1\].radius must be of type float or null'),
+        (('scores', 1, 'attack'), 7, r'scores\[1\].attack must be of type str'),
+        (('scores', 1, 'extra'), 7, r'scores\[1\].extra is no field'),
+        (('scores', 0), None, r'scores\[0\] must be of type dict'),
+        (('scores',), [], r'scores\[0\] must be the clean one'),
+        (('settings',), None, 'settings must be of type dict'),
+        (('settings', 'fgsm'), None, 'settings.fgsm must be of type dict'),
+        (('data',), ['x'], 'data must be of type str'),
+        (('n',), 0, 'n must be at least 1'),
+        (('preprocessing',), {}, 'preprocessing.mean must be of type list'),
+        (('audit',), {'n': 'many'}, 'audit.n must be of type int'),
+        (('audit',), {'suspicions': [3]}, r'audit.suspicions\[0\] must be of type str'),
+        (('seconds',), math.nan, 'seconds must be of type float'),
+    ],
+)
+def test_reports_from_elsewhere_are_checked_field_by_field(net, digits, tmp_path, path, value, message):
+    report = evaluate(net, *digits, eps=['0.1']).to_dict()
+    *parents, last = path
+    inner = report
+    for step in parents:
+        inner = inner[step]
+    inner[last] = value
+    (tmp_path / 'report.json').write_text(json.dumps(report))
+    with pytest.raises(ValueError, match=f"report.json' is no report .*{message}"):
+        Report.load(tmp_path / 'report.json')
 
 
 def test_the_audit_needs_no_package(tmp_path, monkeypatch, capsys):
@@ -542,13 +453,13 @@ def test_chunks_of_other_preprocessing_or_packages_are_not_taken(net, digits, tm
 
     net.pretrained_cfg = {'mean': (0.5,), 'std': (0.5,)}
     for _ in range(2):
-        evaluate(net, *digits, chunks=tmp_path)
+        evaluate(net, *digits, chunks=Chunks(tmp_path))
         assert stores() == 1
     del net.pretrained_cfg
-    evaluate(net, *digits, chunks=tmp_path)
+    evaluate(net, *digits, chunks=Chunks(tmp_path))
     assert stores() == 2
     monkeypatch.setattr('timm_batchout.provenance.version', lambda package: 'another')
-    evaluate(net, *digits, chunks=tmp_path)
+    evaluate(net, *digits, chunks=Chunks(tmp_path))
     assert stores() == 3
 
 
@@ -569,7 +480,12 @@ def test_normalisation_is_inside(digits):
         'mean': [pytest.approx(0.3)],
         'std': [pytest.approx(0.2)],
         'input_size': [1, 28, 28],
+        'stated': True,
+        'crop_pct': 1.0,
     }
+    del model.pretrained_cfg
+    model.register_parameter('nothing', nn.Parameter(torch.zeros(1)))
+    assert 'states no mean and std: it was given plain [0, 1] pixels' in table(evaluate(model, *digits))
 
 
 def test_attacks_with_images_and_radii_of_their_own(net, digits):

@@ -187,13 +187,14 @@ def test_what_needs_a_gpu_says_so(tmp_path, monkeypatch, capsys, variable, flags
 @pytest.mark.slow
 def test_two_processes_evaluate_to_the_report_of_one(tmp_path):
     command = [
-        'timm_batchout.cli', 'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '20',
-        '--batch_size', '5', '--attacks', '[fgsm, pgd, ddn]', '--eps', '[0.1]',
+        'timm_batchout.cli', 'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '60',
+        '--batch_size', '15', '--attacks', '[fgsm, pgd, ddn]', '--eps', '[0.1]',
         '--settings', '{pgd: {steps: 3}, ddn: {steps: 5}}', '--output', str(tmp_path / 'report.json'),
     ]  # fmt: skip
     reports = []
-    for launcher in ([sys.executable, '-m'], [*LAUNCH, str(CONFIGS / 'two_cpu_processes.yaml'), '-m']):
+    two = [*LAUNCH, str(CONFIGS / 'two_cpu_processes.yaml'), '-m']
+    for launcher in ([sys.executable, '-m'], *[two] * 5):  # 4 of 5 once failed, reading what another had cleared away
         subprocess.run([*launcher, *command], check=True, env=environment(), timeout=200)
         reports.append({**json.loads((tmp_path / 'report.json').read_text()), 'seconds': 0})
         assert [path.name for path in tmp_path.iterdir()] == ['report.json'], 'chunks are cleared away'
-    assert reports[0] == reports[1]
+    assert reports[0]['audit']['n'] >= 50 and all(report == reports[0] for report in reports)

@@ -17,7 +17,8 @@ from torch import nn
 from timm_batchout import batchout_sites
 from timm_batchout.cli.main import main
 from timm_batchout.data.config import AugmentConfig, DataConfig
-from timm_batchout.data.memory import Split, TensorLoader, load_data, load_split
+from timm_batchout.data.images import Split
+from timm_batchout.data.memory import TensorLoader, load_data, load_split
 from timm_batchout.data.workers import input_cfg
 from timm_batchout.pixels import fgsm, normalization
 from timm_batchout.recipe import parse, read_recipe

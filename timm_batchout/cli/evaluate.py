@@ -1,7 +1,5 @@
 """timm-batchout evaluate"""
 
-import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ class EvaluateConfig:
 
     Args:
         model: A timm model name, with or without tag, or hf-hub:NAMESPACE/NAME.
-        checkpoint: Score this .safetensors file instead of the pretrained weights.
+        checkpoint: Evaluate this file instead of the pretrained weights: .safetensors, or timm's .pth.tar, a .pth or
+            Lightning's .ckpt, which are read without running code from them.
         model_args: Keyword arguments for ``timm.create_model``.
         data: The test set.
         images: How many of its images, drawn by the seed; 0: all of it.
@@ -36,7 +35,7 @@ class EvaluateConfig:
         output: Write the report to this JSON file.
         expect: An earlier report of these weights: show where this one differs, and exit with 1 if it does.
         figure: Draw accuracy over the radius to this file (.svg, .png).
-        resume: Go on where a run with the same settings was broken off.
+        resume: Go on where an evaluation with the same settings was broken off; false: measure all of it again.
     """
 
     model: str
@@ -56,35 +55,33 @@ class EvaluateConfig:
     output: str = ''
     expect: str = ''
     figure: str = ''
-    resume: bool = False
+    resume: bool = True
 
 
 def run(config: EvaluateConfig) -> int:
-    from timm_batchout.data.memory import data_label, load_split
+    from timm_batchout.data.memory import data_label, load_test_set
     from timm_batchout.robustness.attacks import check_available
+    from timm_batchout.robustness.chunks import Chunks
     from timm_batchout.robustness.harness import evaluate
 
     check_available(config.attacks)
     if config.figure and not config.output:
         raise ValueError('A figure is drawn from a report: name an --output as well.')
+    _check_output(config.output)
     expected = Report.load(config.expect) if config.expect else None
     model = _load(config.model, config.checkpoint, config.model_args)
-    split = load_split(config.data, train=False)
-    if not 0 <= config.images <= len(split):
-        raise ValueError(f'images must lie in [1, {len(split)}], the test set, or be 0 for all; got {config.images}.')
-    chunks = Path(f'{config.output}.chunks') if config.output else None
+    images = load_test_set(config.data, model)
+    if not 0 <= config.images <= len(images):
+        raise ValueError(f'images must lie in [1, {len(images)}], the test set, or be 0 for all; got {config.images}.')
     state = _processes()
-    if chunks and not config.resume and state.is_main_process:
-        shutil.rmtree(chunks, ignore_errors=True)
-    state.wait_for_everyone()
+    chunks = Chunks(Path(f'{config.output}.chunks') if config.output else None, config.resume)
     device = config.device or str(state.device)
     report = evaluate(
         model.to(device),
-        split.images.to(device),
-        split.labels.to(device),
-        config.attacks,
-        config.eps,
-        config.eps_l2,
+        images,
+        attacks=config.attacks,
+        eps=config.eps,
+        eps_l2=config.eps_l2,
         settings=config.settings,
         transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
         n=config.images,
@@ -97,13 +94,14 @@ def run(config: EvaluateConfig) -> int:
         rank=state.process_index,
         world_size=state.num_processes,
         wait=state.wait_for_everyone,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
+    state.wait_for_everyone()  # all have read the chunks
     if state.is_main_process:
         print(table(report))
-        if chunks:
+        if config.output:
             report.save(config.output)
-            shutil.rmtree(chunks, ignore_errors=True)
+            chunks.discard()
         if config.figure:
             from timm_batchout.robustness.plots import draw_curves
 
@@ -116,26 +114,38 @@ def run(config: EvaluateConfig) -> int:
     return 0
 
 
+def _check_output(output: str) -> None:
+    """Raise ValueError if a report written there would destroy something else, or cannot be written."""
+    path = Path(output)
+    if not output:
+        return
+    if path.is_dir():
+        raise ValueError(f'output {output!r} is a folder: name a file in it, e.g. {output.rstrip("/")}/report.json.')
+    if path.exists():
+        try:
+            Report.load(path)
+        except ValueError as error:
+            raise ValueError(f'output {output!r} holds something else and is not overwritten. {error}') from error
+
+
 def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) -> Any:
-    """A model by name, with its pretrained weights or those of a safetensors file."""
+    """A model by name, with its pretrained weights or those of a file."""
     import timm
-    from safetensors import SafetensorError
 
     import timm_batchout.zoo.register  # noqa: F401
+    from timm_batchout.zoo.checkpoint import load_checkpoint
     from timm_batchout.zoo.timm_twins import check_model_name
 
     if name.endswith('.safetensors') or Path(name).is_file():
         raise ValueError(f'{name!r} is a file: name the architecture as MODEL, and the file as --checkpoint.')
     check_model_name(name)
-    if checkpoint and not checkpoint.endswith('.safetensors'):
-        raise ValueError(f'checkpoint must be a .safetensors file, got {checkpoint!r}: pickles can run code.')
-    if checkpoint and not Path(checkpoint).is_file():
+    if not checkpoint:
+        return timm.create_model(name, **{'pretrained': True, **(model_args or {})})
+    if not Path(checkpoint).is_file():
         raise ValueError(f'checkpoint {checkpoint!r} is not there: name a .safetensors file, e.g. of a run folder.')
-    weights_of = {'checkpoint_path': checkpoint} if checkpoint else {'pretrained': True}
-    try:
-        return timm.create_model(name, **{**weights_of, **(model_args or {})})
-    except SafetensorError as error:
-        raise ValueError(f'{checkpoint or name} is damaged, write or download it again: {error}.') from error
+    model = timm.create_model(name, **(model_args or {}))
+    load_checkpoint(model, checkpoint)
+    return model
 
 
 def _processes() -> Any:

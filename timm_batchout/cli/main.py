@@ -8,6 +8,7 @@ from typing import Any
 from timm_batchout import __version__
 from timm_batchout.cli import compare, evaluate, publish, train
 from timm_batchout.cli import list as list_
+from timm_batchout.hub.privacy import redacted
 from timm_batchout.recipe import help_text, parse
 from timm_batchout.text import did_you_mean
 
@@ -62,7 +63,7 @@ def _overview() -> str:
 
 
 def _fail(message: str) -> int:
-    print(f'error: {message}', file=sys.stderr)
+    print(f'error: {redacted(message)}', file=sys.stderr)
     return 2
 
 

@@ -26,6 +26,7 @@ class PublishConfig:
         run: The run folder that trained the checkpoint.
         model_args: Keyword arguments for ``timm.create_model``.
         cards: Folder of all cards.
+        license: Of the weights: mit, apache-2.0, ...; by default that of the architecture's weights in timm.
         private: Create the repository as a private one; one that is there and public is refused.
         dry_run: Stage and show; push nothing.
     """
@@ -39,6 +40,7 @@ class PublishConfig:
     run: str = ''
     model_args: dict[str, Any] = field(default_factory=dict)
     cards: str = 'hub_cards'
+    license: str = ''
     private: bool = False
     dry_run: bool = False
 
@@ -73,9 +75,12 @@ def run(config: PublishConfig) -> int:
     reports = {path: Report.load(folder / path) for *_, report, twin in todo for path in (report, twin) if path}
     nets = {report.weights_sha256: report.model for report in reports.values()} if config.all else {}
     staged = [
-        stage(name, file, reports[report], run, gallery, config.repo, reports.get(twin), config.model_args, nets)
+        stage(
+            name, file, reports[report], run, gallery, config.repo, reports.get(twin), config.model_args, nets,
+            config.license,
+        )
         for name, file, run, report, twin in todo
-    ]
+    ]  # fmt: skip
     write_gallery(gallery)
     for repository in staged:
         print(repository.repo)

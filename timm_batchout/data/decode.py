@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ['to_mode']
+__all__ = ['is_class', 'to_mode']
 
 
 def to_mode(image: Any, mode: str) -> Any:
@@ -25,3 +25,8 @@ def to_mode(image: Any, mode: str) -> Any:
         levels = np.asarray(image).astype(np.float32)
         image = Image.fromarray((levels / 257).round().astype(np.uint8))
     return image.convert(mode)
+
+
+def is_class(folder: str) -> bool:
+    """Folders that tools leave behind (.ipynb_checkpoints, __MACOSX) hold no class."""
+    return not folder.startswith('.') and folder != '__MACOSX'

@@ -1,41 +1,28 @@
 """Datasets small enough to live on the device as uint8 tensors, and the loader that draws batches from them."""
 
 import io
+import lzma
 import tarfile
 import warnings
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
-from timm_batchout.data.decode import to_mode
-from timm_batchout.data.workers import TimmSplit, load_timm_splits
+from timm_batchout.data.decode import is_class, to_mode
+from timm_batchout.data.images import Images, Split, laid_out
+from timm_batchout.data.workers import TimmImages, TimmSplit, input_cfg, load_timm_splits, load_timm_test_split
 
-__all__ = ['Split', 'TensorLoader', 'load_data', 'load_split']
+__all__ = ['TensorLoader', 'data_label', 'load_data', 'load_split', 'load_test_set']
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-
-
-@dataclass
-class Split:
-    """Images, uint8 (N, C, H, W), and labels, int64 (N,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def classes(self) -> int:
-        return int(self.labels.max()) + 1
-
-    def subset(self, indices: Tensor) -> 'Split':
-        return Split(self.images[indices], self.labels[indices])
+LARGEST_FILE = 64 * 2**20  # bytes of an image file in a tar: a small archive may claim any size
 
 
 def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSplit, TimmSplit, TimmSplit]:
@@ -53,7 +40,7 @@ def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSpli
         members = (whole.labels == label).nonzero()[:, 0]
         count = round(config.val_fraction * len(members))
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    train, val = whole.subset(~held_out), whole.subset(held_out)
+    train, val = (whole.select(chosen.nonzero()[:, 0]) for chosen in (~held_out, held_out))
     if len(val) == 0 or len(train) == 0:
         none, change = ('no image', 'Raise') if len(val) == 0 else ('every image', 'Lower')
         raise ValueError(f'data.val_fraction={config.val_fraction} holds out {none}. {change} it.')
@@ -67,9 +54,24 @@ def load_split(config: DataConfig, train: bool) -> Split:
         ValueError: The data is not there or not in the expected layout, or is not held in memory ('timm').
     """
     if config.name == 'timm':
-        raise ValueError("data.name='timm' is read by workers; for a set in memory choose image_folder, for example.")
+        raise ValueError("data.name='timm' is not held in memory: load_test_set reads it.")
     loaders = {'mnist': _torchvision, 'cifar10': _torchvision, 'digits': _digits, 'image_folder': _image_folder}
     return loaders[config.name](config, train)
+
+
+def load_test_set(config: DataConfig, model: nn.Module) -> Images:
+    """The test set, as evaluation takes it.
+
+    Args:
+        config: Which; 'timm' data is resized and cropped as training does it for this model.
+        model: See ``input_cfg``.
+
+    Raises:
+        ValueError: The data is not there or not in the expected layout.
+    """
+    if config.name != 'timm':
+        return load_split(config, train=False)
+    return TimmImages(load_timm_test_split(config), input_cfg(model, config))
 
 
 def data_label(config: DataConfig) -> str:
@@ -91,7 +93,8 @@ def _torchvision(config: DataConfig, train: bool) -> Split:
         ) from error
     images = torch.as_tensor(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return Split(images.contiguous(), torch.as_tensor(dataset.targets))
+    names = tuple(name.partition(' - ')[0] for name in dataset.classes)  # MNIST's: '0 - zero'
+    return Split(images.contiguous(), torch.as_tensor(dataset.targets), names)
 
 
 def _digits(config: DataConfig, train: bool) -> Split:
@@ -106,7 +109,8 @@ def _digits(config: DataConfig, train: bool) -> Split:
     images = torch.nn.functional.interpolate(images, size=(28, 28), mode='bilinear', align_corners=False)
     is_test = torch.arange(len(images)) % 5 == 0
     keep = ~is_test if train else is_test
-    return Split((images * 255).round().to(torch.uint8)[keep], torch.from_numpy(digits.target).long()[keep])
+    labels = torch.from_numpy(digits.target).long()
+    return Split((images * 255).round().to(torch.uint8)[keep], labels[keep], tuple(map(str, digits.target_names)))
 
 
 def _image_folder(config: DataConfig, train: bool) -> Split:
@@ -116,19 +120,19 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
     part = 'train' if train else 'test'
     images, classes, broken = [], [], []
     names = {'train': set[str](), 'test': set[str]()}
-    for found, name, path, stream in _files(Path(config.root)):
-        names[found].add(name)
-        if found != part or stream is None:
+    for file in _files(Path(config.root)):
+        names[file.part].add(file.label)
+        if file.part != part or not file.name:
             continue
         try:
-            with Image.open(stream) as image:
+            with Image.open(file.open()) as image:
                 images.append(np.asarray(to_mode(image, 'RGB')))
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if config.broken == 'stop':
-                raise ValueError(f'{path} does not decode ({error}). data.broken=skip passes over it.') from error
-            broken.append(path)
+                raise ValueError(f'{file.name} does not decode ({error}). data.broken=skip passes over it.') from error
+            broken.append(file.name)
             continue
-        classes.append(name)
+        classes.append(file.label)
     if not images:
         raise ValueError(f'No images in {config.root!r} (data.root): expected {part}/<class>/<image>.')
     if broken:
@@ -140,31 +144,95 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
         raise ValueError(f"The images in {config.root!r} differ in size: use data.name='timm', which resizes them.")
     index = {name: i for i, name in enumerate(sorted(set(classes)))}
     tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return Split(tensor, torch.tensor([index[name] for name in classes]))
+    return Split(tensor, torch.tensor([index[name] for name in classes]), tuple(index))
 
 
-def _files(root: Path) -> Iterator[tuple[str, str, str, io.BytesIO | Path | None]]:
-    """(part, class, name, image file) of all images, in sorted order; per class folder also (part, class, '', None)."""
+@dataclass
+class _File:
+    """An image file of a class; without a name, the class alone.
+
+    Attributes:
+        content: A path, the bytes of a member of a tar, or why it cannot be read.
+    """
+
+    part: str
+    label: str
+    name: str = ''
+    content: Path | bytes | str = ''
+
+    def open(self) -> BinaryIO:
+        if isinstance(self.content, str):
+            raise OSError(self.content)
+        if isinstance(self.content, bytes):
+            return io.BytesIO(self.content)
+        if not self.content.is_file():  # a pipe would block for ever
+            raise OSError('not a regular file')
+        return self.content.open('rb')
+
+
+def _files(root: Path) -> Iterator[_File]:
+    """All images, in sorted order, and all classes."""
     if root.is_dir():
         for part in ('test', 'train'):
-            for folder in sorted(path for path in (root / part).glob('*') if path.is_dir()):
-                yield part, folder.name, '', None
+            for folder in sorted(path for path in (root / part).glob('*') if path.is_dir() and is_class(path.name)):
+                yield _File(part, folder.name)
                 for path in sorted(folder.glob('*')):
-                    if path.suffix.lower() in IMAGE_SUFFIXES:
-                        yield part, folder.name, str(path), path
-    elif root.is_file() and tarfile.is_tarfile(root):
-        with tarfile.open(root) as tar:
-            found = {}
-            for member in tar:  # one sequential read: seeking in a compressed tar starts it over
-                path = Path(member.name)
-                part = path.parent.parent.name
-                wanted = path.suffix.lower() in IMAGE_SUFFIXES and part in ('train', 'test')
-                content = tar.extractfile(member) if wanted else None
-                if content is not None:
-                    found[member.name] = (part, path.parent.name, member.name, io.BytesIO(content.read()))
-        yield from (found[name] for name in sorted(found))
+                    if _is_image(path):
+                        yield _File(part, folder.name, str(path), path)
+    elif root.is_file():
+        yield from sorted(_members(root), key=lambda file: file.name)
     else:
         raise ValueError(f'{str(root)!r} (data.root) is neither a folder nor a tar file.')
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
+
+
+class _Member(tarfile.TarInfo):
+    """tarfile stops at a damaged header, and at the end of the file, as at the mark for the archive's end."""
+
+    end: tarfile.HeaderError | None = None
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> '_Member':
+        try:
+            return super().fromtarfile(tarfile_)  # type: ignore[return-value]
+        except tarfile.HeaderError as error:
+            cls.end = error
+            raise
+
+
+def _members(root: Path) -> list[_File]:
+    """The images of a tar, in one sequential read: seeking in a compressed tar starts it over.
+
+    Raises:
+        ValueError: It is no tar, damaged, or cut: what Python's tarfile takes for its end.
+    """
+    files = []
+    try:
+        with tarfile.open(root, tarinfo=_Member) as tar:
+            for member in tar:
+                path = Path(member.name)
+                part, label = path.parent.parent.name, path.parent.name
+                if not _is_image(path) or part not in ('train', 'test') or not is_class(label):
+                    continue
+                files.append(_File(part, label, member.name, _content(tar, member)))
+        if not isinstance(_Member.end, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+            raise ValueError(f'{str(root)!r} (data.root) is cut or damaged after {len(files)} images: copy it again.')
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ValueError(f'{str(root)!r} (data.root) is no whole tar file: {error}. Copy it again.') from error
+    return files
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
+    if member.size > LARGEST_FILE:
+        return f'it has {member.size / 2**20:.0f} MiB'
+    try:
+        content = tar.extractfile(member)
+    except (KeyError, RecursionError):
+        return f'it is a link to {member.linkname!r}, which is not in the archive'
+    return content.read(LARGEST_FILE) if content else 'not a regular file'
 
 
 class TensorLoader:
@@ -203,7 +271,7 @@ class TensorLoader:
         self.images = split.images.to(device)
         self.labels = split.labels.to(device)
         self.batch_size = batch_size
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.world_size = rank, world_size
@@ -230,7 +298,7 @@ class TensorLoader:
             if self.augment:
                 images = self._augmented(images, self.augment, i)
             images = images.float().div_(255)
-            yield images.contiguous(memory_format=self.memory_format), self.labels[batch]
+            yield laid_out(images, self.channels_last), self.labels[batch]
 
     def _augmented(self, images: Tensor, augment: AugmentConfig, step: int) -> Tensor:
         """Crops and flips that depend on seed, epoch, step and rank alone."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
-from timm_batchout.data.decode import to_mode
+from timm_batchout.data.decode import is_class, to_mode
+from timm_batchout.data.images import Images, Split, laid_out
 from timm_batchout.pixels import normalization
 
 __all__ = ['TimmLoader', 'TimmSplit', 'input_cfg', 'load_timm_splits']
@@ -59,6 +60,14 @@ class TimmSplit:
             self.class_to_idx = found
         if training and not self.total:
             raise ValueError(f'No images in split {split!r} of {self._name}; streamed sets need options.num_samples.')
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By class number; empty where the dataset does not say."""
+        reader = getattr(self.dataset, 'reader', None)
+        features = getattr(getattr(reader, 'dataset', None), 'features', None) or {}
+        names = getattr(features.get(getattr(reader, 'label_key', '')), 'names', None)
+        return tuple(names or sorted(self.class_to_idx or (), key=(self.class_to_idx or {}).__getitem__))
 
     @property
     def _name(self) -> str:
@@ -116,7 +125,7 @@ class TimmSplit:
     def _check_classes(self, folder: Path, reader: Any) -> None:
         """timm passes over class folders that are empty, or that the training split has not."""
         present = {label for _, label in reader.samples}
-        classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_class(path.name))
         unknown = [name for name in classes if self.class_to_idx and name not in self.class_to_idx]
         if unknown:
             raise ValueError(f'{str(folder)!r} has classes that the training split has not: {", ".join(unknown[:5])}.')
@@ -137,12 +146,9 @@ class TimmSplit:
 def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSplit]:
     """Training, validation and test split; validation is held out of the training split unless it has its own."""
     train = TimmSplit(config, config.train_split, training=True)
-    test = TimmSplit(config, config.test_split, class_to_idx=train.class_to_idx)
-    test.check_labelled()
+    test = _labelled(config, config.test_split, train)
     if config.val_split:
-        val = TimmSplit(config, config.val_split, class_to_idx=train.class_to_idx)
-        val.check_labelled()
-        return train, val, test
+        return train, _labelled(config, config.val_split, train), test
     if train.streamed:
         raise ValueError('A streamed training set has no images that could be held out: name a data.val_split.')
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
@@ -150,6 +156,21 @@ def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSpli
     if not count:
         raise ValueError(f'data.val_fraction={config.val_fraction} holds out no image. Raise it.')
     return train.subset(order[count:].sort().values), train.subset(order[:count].sort().values), test
+
+
+def load_timm_test_split(config: DataConfig) -> TimmSplit:
+    """The test split; of a folder the training split gives the classes their numbers, where it is there."""
+    try:
+        train = TimmSplit(config, config.train_split)
+    except ValueError:  # somebody else's data, without a training split
+        return _labelled(config, config.test_split)
+    return _labelled(config, config.test_split, train)
+
+
+def _labelled(config: DataConfig, split: str, train: TimmSplit | None = None) -> TimmSplit:
+    found = TimmSplit(config, split, class_to_idx=train.class_to_idx if train else None)
+    found.check_labelled()
+    return found
 
 
 def input_cfg(model: nn.Module, config: DataConfig) -> dict[str, Any]:
@@ -204,7 +225,7 @@ class TimmLoader:
     ):
         self.split, self.batch_size, self.classes = split, batch_size, classes
         self.device = torch.device(device)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         self.shuffle, self.seed = shuffle, seed
         self.rank, self.world_size = rank, world_size
         self.image_mode = 'L' if model_cfg['input_size'][0] == 1 else 'RGB'
@@ -240,7 +261,7 @@ class TimmLoader:
                     'model_args.num_classes.'
                 )
             images = images.to(self.device, non_blocking=True).float().div_(255)
-            yield images.contiguous(memory_format=self.memory_format), labels.to(self.device, non_blocking=True)
+            yield laid_out(images, self.channels_last), labels.to(self.device, non_blocking=True)
 
     def _ordered(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         order = self.split.indices
@@ -283,6 +304,59 @@ class TimmLoader:
             generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch),
             **options,
         )
+
+
+class TimmImages:
+    """The images of a split as ``Images``: resized and cropped as ``TimmLoader`` does it in evaluation.
+
+    Args:
+        split: The images.
+        model_cfg: ``input_cfg`` of the model: size, interpolation, crop.
+
+    Attributes:
+        crop_pct: Share of the resized image that was kept.
+        broken: Images that could not be read so far; they are left out.
+
+    Raises:
+        ValueError: While reading: an image that cannot be read, if ``data.broken`` is 'stop'.
+    """
+
+    def __init__(self, split: TimmSplit, model_cfg: dict[str, Any]):
+        self.split, self.model_cfg = split, model_cfg
+        self.class_names, self.crop_pct = split.class_names, float(model_cfg['crop_pct'])
+        self.broken = 0
+        dataset = split.open(image_mode='L' if model_cfg['input_size'][0] == 1 else 'RGB')
+        transform = make_transform(model_cfg, None)
+        self.samples: Any = (
+            StreamedImages(dataset, transform, (0, 0))
+            if split.streamed
+            else IndexedImages(dataset, transform, 0, replace_broken=False)
+        )
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def select(self, indices: Tensor) -> Images:
+        if not self.split.streamed:
+            chosen = object.__new__(TimmImages)
+            chosen.__dict__ |= self.__dict__ | {'split': self.split.subset(indices)}
+            return chosen
+        wanted = set(indices.tolist())
+        kept = {i: sample for i, sample in enumerate(self.samples) if i in wanted}
+        images, labels = self._good([kept[i] for i in indices.tolist() if i in kept])
+        return Split(images, labels, self.class_names)
+
+    def read(self, part: slice) -> tuple[Tensor, Tensor]:
+        assert self.split.indices is not None, 'select reads a stream'
+        return self._good([self.samples[0, int(i)] for i in self.split.indices[part]])
+
+    def _good(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        images, labels, errors = collate(samples)
+        broken = [error for error in errors if error]
+        if broken and self.split.config.broken == 'stop':
+            raise ValueError(f'{broken[0]}. data.broken=skip passes such images over.')
+        self.broken += len(broken)
+        return images[labels >= 0], labels[labels >= 0]
 
 
 class IndexedImages(Dataset):

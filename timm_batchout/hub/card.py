@@ -1,9 +1,11 @@
 """A Report and a training run become a model card: what the Hub shows of a model, and what its metadata says."""
 
+import hashlib
+import html
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -13,7 +15,7 @@ from timm_batchout.robustness.report import Report, Score
 from timm_batchout.robustness.tables import attack_title, compare, describe, title
 from timm_batchout.text import format_radius
 
-__all__ = ['Entry', 'make_card', 'summary']
+__all__ = ['CARD_HASH', 'Entry', 'card_hash', 'make_card', 'summary', 'with_own_section']
 
 DATASETS = {'MNIST': 'ylecun/mnist', 'CIFAR-10': 'uoft-cs/cifar10'}  # on the Hub, by the first word of our data label
 CITATION = """@inproceedings{subramanya2018batchout,
@@ -22,6 +24,12 @@ CITATION = """@inproceedings{subramanya2018batchout,
   booktitle={ICVGIP},
   year={2018}
 }"""
+CARD_HASH = 'card_sha256'  # in config.json: what the card was when it was written
+OWN_SECTION = ('<!-- Your own text: it is kept. -->', '<!-- End of your own text. -->')
+LICENSES = {  # that the Hub's list knows; others are 'other' there, by name
+    'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'gpl-3.0', 'lgpl-3.0', 'agpl-3.0', 'mpl-2.0', 'unlicense',
+    'openrail', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'unknown',
+}  # fmt: skip
 JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of the bundled CIFAR-10 weights
 
 
@@ -56,7 +64,7 @@ class Entry:
     @property
     def license(self) -> str:
         """Of the weights that training started from, where timm knows it."""
-        return self.config.get('pretrained_cfg', {}).get('license') or 'apache-2.0'
+        return self.config.get('pretrained_cfg', {}).get('license') or 'unknown'
 
     @property
     def has_curves(self) -> bool:
@@ -86,14 +94,17 @@ def make_card(entry: Entry) -> ModelCard:
         ValueError: The report lacks the clean score.
     """
     dataset = DATASETS.get(entry.report.data.partition(' ')[0], '')
+    raw, entry = entry, replace(entry, report=replace(entry.report, data=without_markup(entry.report.data)))
+    if entry.twin:
+        entry = replace(entry, twin=replace(entry.twin, data=without_markup(entry.twin.data)))
     data = ModelCardData(
         model_name=entry.name,
         library_name='timm',
-        license=entry.license,
+        **license_fields(entry),
         tags=['image-classification', 'timm', 'adversarial-robustness', *(['batchout'] if entry.batchout else [])],
         datasets=[dataset] if dataset else None,
         pipeline_tag='image-classification',
-        eval_results=eval_results(entry.report),
+        eval_results=eval_results(raw.report),
     )
     sections = [
         f'# {entry.name}',
@@ -108,12 +119,65 @@ def make_card(entry: Entry) -> ModelCard:
         _training(entry),
         '## Intended use and limits',
         _limits(entry),
+        f'{OWN_SECTION[0]}\n\n{OWN_SECTION[1]}',
         '## Files and versions',
         _files(entry),
         '## Citation',
         f'```bibtex\n{CITATION}\n```',
     ]
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n')
+
+
+def license_fields(entry: Entry) -> dict[str, Any]:
+    """As the Hub wants them: a licence that its list does not know is 'other', with name and link."""
+    if entry.license in LICENSES:
+        return {'license': entry.license}
+    origin = entry.config.get('pretrained_cfg', {}).get('origin_url') or f'https://huggingface.co/{entry.repo}'
+    return {'license': 'other', 'license_name': entry.license, 'license_link': origin}
+
+
+def without_markup(text: str) -> str:
+    """Text from elsewhere as it may stand in Markdown: no HTML, no table cells, one line."""
+    return html.escape(' '.join(text.split()), quote=False).replace('|', '&#124;').replace('`', "'")
+
+
+def card_hash(card: str) -> str:
+    """Of a card without the section that people write."""
+    before, _, after = _parts(card)
+    return hashlib.sha256((before + after).encode()).hexdigest()
+
+
+def with_own_section(card: str, earlier: str, config: dict[str, Any], where: str) -> str:
+    """A new card with the text that people wrote into an earlier one.
+
+    Args:
+        card: Made from the report.
+        earlier: The card that it takes the place of; '' if there is none.
+        config: The config.json beside the earlier one.
+        where: For the error.
+
+    Raises:
+        ValueError: The earlier card was changed outside the section that is kept.
+    """
+    if not earlier:
+        return card
+    if CARD_HASH in config and config[CARD_HASH] != card_hash(earlier):
+        raise ValueError(
+            f'{where} was edited outside its own section, and would be overwritten. Move the text between the lines '
+            f'{OWN_SECTION[0]!r} and {OWN_SECTION[1]!r}, or delete that README.md.'
+        )
+    before, empty, after = _parts(card)
+    return before + (_parts(earlier)[1] or empty) + after
+
+
+def _parts(card: str) -> tuple[str, str, str]:
+    """What stands before the section that people write, the section, and what stands after it."""
+    begin, end = OWN_SECTION
+    if begin not in card or end not in card:
+        return card, '', ''
+    head, _, rest = card.partition(begin)
+    own, _, tail = rest.partition(end)
+    return head + begin, own, end + tail
 
 
 def eval_results(report: Report) -> list[EvalResult]:
@@ -185,7 +249,7 @@ def summary(report: Report) -> str:
     ]
     verdict = 'not checked.'
     if report.audit:
-        verdict = report.audit['verdict']
+        verdict = report.audit.verdict
     if not strongest:
         return f'Accuracy: {clean}. Not attacked. Gradient masking: {verdict}'
     first = [score for score in strongest if score.attack == strongest[0].attack]
@@ -245,16 +309,22 @@ def _robustness(entry: Entry) -> str:
     ]
     if crafted := _crafted(entry):
         lines += ['', crafted]
-    if report.audit and report.audit['n']:
+    if report.audit and report.audit.pgd:
         audit = report.audit
-        pgd = ', '.join(f'{100 * share:.1f}% ({loss})' for loss, share in audit['pgd'].items())
-        free = ', '.join(f'{100 * share:.1f}%' for share in audit['unbounded'].values())
+        pgd = ', '.join(f'{100 * share:.1f}% ({loss})' for loss, share in audit.pgd.items())
+        queries = (
+            f' Of {audit.left} images that PGD leaves right on all losses, {audit.queries} queries without gradients '
+            f'fool {audit.taken}.'
+            if audit.queries
+            else ''
+        )
+        free = ', '.join(f'{100 * share:.1f}%' for share in audit.unbounded.values())
         lines += [
             '',
-            f'What the audit for gradient masking measured: of {audit["n"]} images classified right, '
-            f'{audit["zero_gradients"]:.1%} have an input gradient of exactly zero. PGD at radius '
-            f'{audit["radius"]:.4g} leaves right, by its loss: {pgd}; without a bound: {free}. The logits have a '
-            f'standard deviation of {audit["logit_std"]:.1f}.',
+            f'What the audit for gradient masking measured: of {audit.n} images classified right, '
+            f'{audit.zero_gradients:.1%} have an input gradient of exactly zero. PGD at radius '
+            f'{format_radius(audit.radius)} leaves right, by its loss: {pgd}; without a bound: {free}. The logits have '
+            f'a standard deviation of {audit.logit_std:.1f}.{queries}',
         ]
     return '\n'.join(lines)
 

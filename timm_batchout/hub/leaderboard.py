@@ -80,9 +80,9 @@ def _best(reports: list[Report], key: Key) -> float:
 
 
 def _masking(report: Report) -> str:
-    if not report.audit or not report.audit['n']:  # no image was right: nothing to check
+    if not report.audit or not report.audit.pgd:  # nothing was measured
         return 'not checked'
-    return 'likely' if report.audit['suspicions'] else 'no sign of it'
+    return 'likely' if report.audit.suspicions else 'no sign of it'
 
 
 def _page(tables: Tables, cards: Path) -> str:
@@ -100,7 +100,7 @@ def _page(tables: Tables, cards: Path) -> str:
         for repo, report in models:
             name = repo.split('/')[1]
             curves = cards / name / 'curves.svg'
-            verdict = report.audit['verdict'] if report.audit else 'not checked.'
+            verdict = report.audit.verdict if report.audit else 'not checked.'
             sections.append(
                 f'<section id="{html.escape(name)}"><h3>{html.escape(repo)}</h3>\n'
                 f'<p>Gradient masking: {html.escape(verdict)}</p>\n'

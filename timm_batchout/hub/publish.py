@@ -17,7 +17,8 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import timm_batchout.zoo.register  # noqa: F401
-from timm_batchout.hub.card import Entry, make_card
+from timm_batchout.hub.card import CARD_HASH, Entry, card_hash, make_card, with_own_section
+from timm_batchout.hub.privacy import publishable, redacted
 from timm_batchout.layer import BatchOutConfig
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.harness import weights_sha256
@@ -65,6 +66,7 @@ def publish(
     run: str | Path | None = None,
     twin: Report | None = None,
     cards: str | Path = 'hub_cards',
+    license: str = '',
     private: bool = False,
     dry_run: bool = False,
 ) -> list[str]:
@@ -77,6 +79,7 @@ def publish(
         run: The run folder that trained it.
         twin: The report of the same net without defence, for comparison.
         cards: The card is staged in a folder of its own in this one.
+        license: Of the weights; '': that of the architecture's weights in timm.
         private: Create the repository as a private one.
         dry_run: Stage the card and push nothing.
 
@@ -96,7 +99,7 @@ def publish(
         save_file(
             {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, weights
         )
-        staged = stage_net(model, weights, report, result, Path(cards), repo, twin)
+        staged = stage_net(model, weights, report, result, Path(cards), repo, twin, license=license)
         return [] if dry_run else push(staged, private)
 
 
@@ -110,6 +113,7 @@ def stage(
     twin: Report | None = None,
     model_args: dict[str, Any] | None = None,
     nets: dict[str, str] | None = None,
+    license: str = '',
 ) -> Staged:
     """Write all of a repository but the weights to ``cards/NAME``; without places on this machine.
 
@@ -123,15 +127,19 @@ def stage(
         twin: The report of the same net without defence, for comparison.
         model_args: Of the architecture, e.g. ``num_classes``.
         nets: Names of nets by the ``weights_sha256`` of their reports, for those whose images attacked this one.
+        license: Of the weights; '': that of the architecture's weights in timm, 'unknown' where it states none.
 
     Raises:
-        ValueError: Weights that are not safetensors, a report of other weights, a name that the Hub does not allow.
+        ValueError: Weights that are not safetensors, a report of other weights, a name that the Hub does not allow; a
+            card that was edited outside its own section.
     """
     if weights.suffix != '.safetensors':
         raise ValueError(f'Only safetensors are published, got {str(weights)!r}: pickles can run code.')
     net = _plain(model, weights, model_args or {})
     trained_with = run.get('recipe', {}).get('model', model)
-    return stage_net(net, weights, report, run, cards, repo or f'{NAMESPACE}/{model}', twin, nets, trained_with)
+    return stage_net(
+        net, weights, report, run, cards, repo or f'{NAMESPACE}/{model}', twin, nets, trained_with, license
+    )
 
 
 def stage_net(
@@ -144,6 +152,7 @@ def stage_net(
     twin: Report | None = None,
     nets: dict[str, str] | None = None,
     trained_with: str = '',
+    license: str = '',
 ) -> Staged:
     """As ``stage``, of a net that is there already and whose state_dict is in the file ``weights``."""
     validate_repo_id(repo)
@@ -153,22 +162,30 @@ def stage_net(
         raise ValueError(f'The report is not of these weights ({str(weights)!r}): evaluate them first.')
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = cards / repo.split('/')[1]
-    folder.mkdir(parents=True, exist_ok=True)
-    run = _without_places(run)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'{str(folder)!r} is a file where the card of {repo} would be staged: choose another name.')
+    run = publishable(run)
     report = replace(report, model=folder.name)  # evaluate names it by the path of its checkpoint
     twin = replace(twin, model='without defence') if twin else None
     trained_with = trained_with or run.get('recipe', {}).get('model', net.pretrained_cfg['architecture'])
-    config = _config(net, report.preprocessing, {'sha256': digest, 'trained_with': trained_with})
-    entry = Entry(folder.name, repo, config, report, run, digest, twin, nets or {})
+    config = _config(net, report.preprocessing, run.get('class_names') or [], license)
+    entry = Entry(
+        folder.name, repo, {**config, 'sha256': digest, 'trained_with': trained_with}, report, run, digest, twin,
+        nets or {},
+    )  # fmt: skip
+    text = make_card(entry).content
+    known = _text(folder / 'README.md'), _json(folder / 'config.json')
+    card = with_own_section(text, *known, where=str(folder / 'README.md'))
+    config = {**entry.config, CARD_HASH: card_hash(card)}
     results = {'repo': repo, 'report': report.to_dict(), 'run': run, 'sha256': digest}
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / 'config.json', json.dumps(config, indent=2) + '\n')
     write_atomically(folder / 'results.json', json.dumps(results, indent=1) + '\n')
     if entry.has_curves:
         draw_curves([report, *([twin] if twin else [])], folder / 'curves.svg')
     else:
         (folder / 'curves.svg').unlink(missing_ok=True)  # of an earlier report
-    card = make_card(entry)
-    write_atomically(folder / 'README.md', card.content)
+    write_atomically(folder / 'README.md', card)
     return Staged(repo, folder, weights)
 
 
@@ -185,34 +202,39 @@ def _plain(model: str, weights: Path, model_args: dict[str, Any]) -> Any:
     return timm.create_model(name, checkpoint_path=str(weights), **own)
 
 
-def _config(net: Any, preprocessing: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """config.json, as timm writes it, with the preprocessing that was evaluated; timm ignores ``extra`` at its root."""
+def _config(net: Any, preprocessing: dict[str, Any], class_names: list[str], license: str) -> dict[str, Any]:
+    """config.json, as timm writes it, with the preprocessing that was evaluated and the classes that were trained."""
     mean, std = ([round(value, 6) for value in preprocessing[name]] for name in ('mean', 'std'))  # were float32
-    data = {'input_size': tuple(preprocessing['input_size']), 'mean': tuple(mean), 'std': tuple(std)}
+    data = {
+        'input_size': tuple(preprocessing['input_size']),
+        'mean': tuple(mean),
+        'std': tuple(std),
+        'crop_pct': preprocessing.get('crop_pct', 1.0),
+        'crop_mode': 'center',
+    }
+    names = class_names if len(class_names) == net.num_classes else []
     with TemporaryDirectory() as folder:
         path = Path(folder) / 'config.json'
-        save_config_for_hf(net, str(path), model_config=extra, data_config=data)
-        return json.loads(path.read_text())
+        save_config_for_hf(net, str(path), model_config={'label_names': names}, data_config=data)
+        config = json.loads(path.read_text())
+    cfg = config['pretrained_cfg']
+    for name in ('label_names', 'label_descriptions'):  # of the data that the architecture's weights were trained on
+        cfg.pop(name, None)
+    cfg['license'] = license or cfg.get('license') or 'unknown'
+    return config
 
 
-def _without_places(run: dict[str, Any]) -> dict[str, Any]:
-    """A copy that does not tell where files lay on the machine that trained."""
-    run = _shortened(run)
-    recipe = run.get('recipe', {})
-    if 'output' in recipe:
-        recipe['output'] = ''
-    if 'root' in recipe.get('data', {}):
-        recipe['data']['root'] = ''
-    return run
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ''
 
 
-def _shortened(value: Any) -> Any:
-    """A copy in which absolute paths are their last part."""
-    if isinstance(value, dict):
-        return {key: _shortened(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_shortened(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+def _json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where it is none."""
+    try:
+        content = json.loads(_text(path))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def push(staged: Staged, private: bool = False) -> list[str]:
@@ -236,8 +258,10 @@ def push(staged: Staged, private: bool = False) -> list[str]:
         return _push(HfApi(), staged, private)
     except HTTPError as error:  # of the HTTP library; the Hub's refusals are among them
         if isinstance(error, HfHubHTTPError):
+            error.args = tuple(redacted(str(argument)) for argument in error.args)
             raise
-        raise ConnectionError(f'The Hub does not answer, {staged.repo} was not pushed: {error}') from error
+        reason = redacted(str(error))
+        raise ConnectionError(f'The Hub does not answer, {staged.repo} was not pushed: {reason}') from None
 
 
 def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
@@ -249,6 +273,7 @@ def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
                 f'{staged.repo} is there already, and public: nothing was pushed. --private is for new repositories; '
                 'make this one private in its settings on the Hub, or leave --private out.'
             )
+        _keep_own_section(api, staged, info.sha)
         changed = _changed(staged, info.siblings or [])
         if not changed:
             return []
@@ -265,6 +290,24 @@ def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
             if not stale or attempt == TRIES - 1:
                 raise
     raise AssertionError('unreachable')
+
+
+def _keep_own_section(api: HfApi, staged: Staged, revision: str | None) -> None:
+    """Take over what people wrote into the card on the Hub.
+
+    Raises:
+        ValueError: They wrote outside the section that is theirs.
+    """
+    with TemporaryDirectory() as folder:
+        there = {}
+        for name in ('README.md', 'config.json'):
+            if api.file_exists(staged.repo, name, revision=revision):
+                there[name] = Path(api.hf_hub_download(staged.repo, name, revision=revision, local_dir=folder))
+        if 'README.md' not in there:
+            return
+        card = staged.folder / 'README.md'
+        remote, config = _text(there['README.md']), _json(there.get('config.json', Path(folder, 'none')))
+        write_atomically(card, with_own_section(_text(card), remote, config, where=f'README.md of {staged.repo}'))
 
 
 def _changed(staged: Staged, remote: Sequence[Any]) -> dict[str, Path]:

@@ -1,39 +1,41 @@
 """A model under attack: chunk by chunk, each saved as soon as it is done, to one Report."""
 
 import hashlib
-import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from timm_batchout.pixels import PixelModel, frozen, modes_kept, seeded
-from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.data.images import DatasetImages, Images, Split
+from timm_batchout.pixels import PixelModel, frozen, modes_kept, seeded, states_normalization
+from timm_batchout.provenance import environment
 from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available
-from timm_batchout.robustness.masking import measure, misled, suspicions, verdict
-from timm_batchout.robustness.report import Report, Score, Variant
+from timm_batchout.robustness.chunks import Chunk, Chunks
+from timm_batchout.robustness.masking import judge, measure, misled
+from timm_batchout.robustness.report import Audit, Report, Score, Variant
 from timm_batchout.text import parse_radius
 
 __all__ = ['evaluate', 'filled_in', 'weights_sha256']
 
-AUDIT_IMAGES = 200
+AUDIT_IMAGES = 200  # the audit looks at those of them that are classified right
+AUDIT = ('audit', 0)  # its job
 OF_EVERY_ATTACK = ('n', 'eps')  # settings
 REMEDY = 'look for broken weights, or for a precision that is too low for them.'
 
-Chunk = list[dict[str, Any]]  # a record for each variant
+Job = tuple[str, int]  # an attack, and the first image of a chunk
 Plan = tuple[int, list[float]]  # how many images an attack is run on, and its radii
 
 
 @torch.enable_grad()  # attacks need gradients, also where the caller is inside no_grad
 def evaluate(
     model: nn.Module,
-    images: Tensor | Dataset,
+    images: Tensor | Images | Dataset,
     labels: Tensor | None = None,
     attacks: Sequence[str] = ('fgsm',),
     eps: Sequence[str | float] = ('8/255',),
@@ -42,12 +44,12 @@ def evaluate(
     settings: dict[str, dict[str, Any]] | None = None,
     transfer_from: nn.Module | None = None,
     n: int = 0,
-    audit: bool = False,
+    audit: bool = True,
     batch_size: int = 100,
     seed: int = 0,
     name: str = '',
     data: str = '',
-    chunks: Path | None = None,
+    chunks: Chunks | None = None,
     rank: int = 0,
     world_size: int = 1,
     wait: Callable[[], None] = lambda: None,
@@ -61,7 +63,8 @@ def evaluate(
     Args:
         model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Left in the mode
             that it came in.
-        images: (N, C, H, W), uint8, or floating in [0, 1]. Or a data set of (image, label), which has both.
+        images: (N, C, H, W), uint8, or floating in [0, 1]. Or a set that has the labels, too, and is read chunk by
+            chunk: ``Images``, or a map-style data set of (image, class number).
         labels: (N,), class numbers.
         attacks: Names of ``ATTACKS``.
         eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
@@ -74,7 +77,7 @@ def evaluate(
         batch_size: Images per chunk.
         seed: Of the draw and of the attacks.
         name, data: For the report.
-        chunks: Folder where chunks are kept until the report stands; None: in memory only.
+        chunks: Where chunks are kept, to go on from after an interruption; None: in memory only.
         rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
         wait: Returns when all processes have come to it.
         progress: Show a bar.
@@ -94,18 +97,17 @@ def evaluate(
     radii = {'L2': _radii(eps_l2, 'L2'), 'Linf': _radii(eps, 'Linf')}
     if batch_size < 1:
         raise ValueError(f'batch_size must be at least 1, got {batch_size}.')
-    if labels is None or not isinstance(images, Tensor):
-        images, labels = _stacked(images, labels)
-    if world_size > 1 and chunks is None:
+    everything = _as_images(images, labels)
+    chunks = chunks or Chunks()
+    if world_size > 1 and chunks.folder is None:
         raise ValueError('Several processes share their work in a folder: name one as chunks.')
     started = time.perf_counter()
     with modes_kept(model, *([] if transfer_from is None else [transfer_from])):
         pixel_model, source = _in_pixels(model), None if transfer_from is None else _in_pixels(transfer_from)
-        check_input(pixel_model, images, labels)
-        total = len(images)
-        images, labels = _draw(images.detach(), labels.long(), n, seed)
-        plans: dict[str, Plan] = {'clean': (len(images), [])}
-        plans |= {attack: _plan(attack, options[attack], radii, len(images)) for attack in attacks}
+        chosen = everything.select(_drawn(len(everything), n, seed))
+        classes, shape = check_input(pixel_model, chosen)
+        plans: dict[str, Plan] = {'clean': (len(chosen), [])}
+        plans |= {attack: _plan(attack, options[attack], radii, len(chosen)) for attack in attacks}
         sha256 = weights_sha256(model)
         stated = {name: dict(options[name]) for name in attacks}
         if 'transfer' in options and transfer_from is not None:
@@ -114,45 +116,48 @@ def evaluate(
         preprocessing = {
             'mean': pixel_model.mean.flatten().tolist(),
             'std': pixel_model.std.flatten().tolist(),
-            'input_size': list(images.shape[1:]),
+            'input_size': list(shape),
+            'crop_pct': getattr(chosen, 'crop_pct', 1.0),
+            'stated': states_normalization(model),
         }
-        machine = environment(images.device, sorted({ATTACKS[name].extra for name in attacks} - {''}))
+        machine = environment(pixel_model.mean.device, sorted({ATTACKS[name].extra for name in attacks} - {''}))
         versions = {name: value for name, value in machine.items() if name not in ('hardware', 'cpu_threads')}
-        key = [sha256, _hash_tensors(images, labels), preprocessing, stated, plans, batch_size, seed, versions]
-        store = chunks / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16] if chunks else None
-        jobs = [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
-        done: dict[tuple[str, int], Chunk] = {}
+        crafted_on = None if transfer_from is None else weights_sha256(transfer_from)
+        chunks.open([sha256, crafted_on, preprocessing, stated, plans, batch_size, seed, versions])
+        if rank == 0 and not chunks.resume:
+            chunks.discard()
+        wait()
+        jobs = [AUDIT] if audit else []
+        jobs += [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
+
+        def chunk(attack: str, start: int) -> Chunk:
+            size, eps_of = (min(AUDIT_IMAGES, len(chosen)), []) if (attack, start) == AUDIT else plans[attack]
+            end = size if (attack, start) == AUDIT else min(start + batch_size, size)
+            x, y = _read(chosen, slice(start, end), classes, pixel_model.mean.device)
+
+            def measured() -> Chunk:
+                if (attack, start) == AUDIT:
+                    return [asdict(measure(pixel_model, x, y, seed, source))]
+                return _chunk(pixel_model, x, y, attack, eps_of, seed + start, options.get(attack, {}))
+
+            return chunks.saved(f'{attack}_{start:07d}', _hash_tensors(x, y), measured)
+
         with frozen(pixel_model):
-            for attack, start in _bar(jobs[rank::world_size], progress and rank == 0):
-                size, eps_of = plans[attack]
-                part = slice(start, min(start + batch_size, size))
-                x, y = _pixels(images, part), labels[part]
-                done[attack, start] = _saved(
-                    _path(store, attack, start),
-                    partial(_chunk, pixel_model, x, y, attack, eps_of, seed + start, options.get(attack, {})),
-                )
+            done = {job: chunk(*job) for job in _bar(jobs[rank::world_size], progress and rank == 0)}
             wait()
-            for attack, start in jobs:
-                if (attack, start) not in done:
-                    done[attack, start] = _read(store, attack, start)
-            measured = {}
-            if audit:
-                x, y = _pixels(images, slice(0, AUDIT_IMAGES)), labels[:AUDIT_IMAGES]
-                asked = [r for name in attacks if ATTACKS[name].norm == 'Linf' for r in plans[name][1]]
-                measured = measure(pixel_model, x, y, asked, seed=seed, source=source)
+            done |= {job: chunk(*job) for job in jobs if job not in done}  # those of the other processes
     scores = [score for attack in plans for score in _scores(attack, [done[job] for job in jobs if job[0] == attack])]
     found = None
     if audit:
         right = {score.key: _column([done[job] for job in jobs if job[0] == score.attack], score) for score in scores}
-        reasons = suspicions(measured, scores, right)
-        found = {**measured, 'suspicions': reasons, 'verdict': verdict(measured, reasons)}
+        found = judge(Audit(**done[AUDIT][0]), scores, right)
         for score in scores:
-            score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, measured, reasons)
+            score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, found)
     return Report(
         model=name or type(model).__name__,
         data=data,
-        n=len(images),
-        indices=f'the first n of torch.randperm({total}), seed {seed}',
+        n=scores[0].n,
+        indices=f'the first n of torch.randperm({len(everything)}), seed {seed}',
         batch_size=batch_size,
         seed=seed,
         weights_sha256=sha256,
@@ -169,62 +174,80 @@ def _in_pixels(model: nn.Module) -> PixelModel:
     return PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
 
 
-def _stacked(dataset: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The images and the labels of a data set."""
-    if isinstance(dataset, Tensor) or labels is not None:
+def _as_images(images: Any, labels: Tensor | None) -> Images:
+    if isinstance(images, Tensor) and labels is not None:
+        if len(images) != len(labels):
+            raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
+        if len(labels):
+            _check_labels(labels)
+        return Split(images.detach(), labels.long())
+    if isinstance(images, Tensor) or labels is not None:
         raise ValueError('Give images and labels as two tensors, or a data set of (image, label) instead of both.')
-    try:
-        images, numbers = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
-        return torch.stack(images), torch.tensor(numbers)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            'A data set must hold pairs of an image, a tensor (C, H, W) that is uint8 or in [0, 1], all of one size, '
-            f'and a class number: {error}.'
-        ) from error
+    return images if hasattr(images, 'read') else DatasetImages(images)
 
 
-def _draw(images: Tensor, labels: Tensor, n: int, seed: int) -> tuple[Tensor, Tensor]:
+def _drawn(total: int, n: int, seed: int) -> Tensor:
     """n images in random order, so that any first part of them is a fair sample."""
-    if not 0 <= n <= len(images):
-        raise ValueError(f'n must lie in [1, {len(images)}], the images, or be 0 for all; got {n}.')
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[: n or None]
-    return images[order.to(images.device)], labels[order.to(labels.device)]
-
-
-def check_input(model: PixelModel, images: Tensor, labels: Tensor) -> None:
-    """Raise ValueError on what no attack could make sense of."""
-    if len(images) == 0:
+    if not total:
         raise ValueError('There are no images to evaluate on.')
-    if len(images) != len(labels):
-        raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f'Images must be uint8, or floating in [0, 1], got {images.dtype}: images.to(torch.uint8)?')
+    if not 0 <= n <= total:
+        raise ValueError(f'n must lie in [1, {total}], the images, or be 0 for all; got {n}.')
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: n or None]
+
+
+def _read(images: Images, part: slice, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A chunk in [0, 1] pixels, float32, and its labels, checked.
+
+    Raises:
+        ValueError: Images that are no images, labels that are no classes of the model, no image that can be read.
+    """
+    x, y = images.read(part)
+    if not len(x):
+        raise ValueError(f'None of the images {part.start} to {part.stop} can be read.')
+    _check_labels(y)
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        raise ValueError(f'Images must be uint8, or floating in [0, 1], got {x.dtype}: images.to(torch.uint8)?')
+    if x.is_floating_point() and not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f'Images must lie in [0, 1], got [{x.min():.3g}, {x.max():.3g}]. Unnormalise them.')
+    if classes and (y.min() < 0 or y.max() >= classes):
+        raise ValueError(
+            f'Labels must lie in [0, {classes}), the classes of the model; got [{int(y.min())}, {int(y.max())}].'
+        )
+    pixels = x.to(device).contiguous().float()
+    return pixels / 255 if x.dtype == torch.uint8 else pixels, y.to(device).long()
+
+
+def _check_labels(labels: Tensor) -> None:
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f'Labels must be class numbers (N,), int64, got {list(labels.shape)}, {labels.dtype}.')
-    if images.is_floating_point() and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f'Images must lie in [0, 1], got [{images.min():.3g}, {images.max():.3g}]. Unnormalise them.')
+
+
+def check_input(model: PixelModel, images: Images) -> tuple[int, torch.Size]:
+    """Raise ValueError on what no attack could make sense of; returns the model's classes and the images' shape.
+
+    Images in memory are looked at as a whole, others at their beginning and then as they are read.
+    """
+    everything = slice(0, len(images) if isinstance(images, Split) else 2)
+    x, _ = _read(images, everything, 0, model.mean.device)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if dtypes:
         raise ValueError(f'The weights are {dtypes.pop()}; attacks are reported in float32: evaluate model.float().')
-    if model.mean.numel() not in (1, images.shape[1]):
+    if model.mean.numel() not in (1, x.shape[1]):
         raise ValueError(
-            f'The images have {images.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
+            f'The images have {x.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
             'and std of its pretrained_cfg, one value per channel.'
         )
     with torch.no_grad(), seeded(0):
         try:
-            logits = model(_pixels(images, slice(0, 2)))
+            logits = model(x[:2])
         except AttributeError as error:
             raise ValueError(f'The model must return a tensor of logits (B, classes): {error}.') from error
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f'The model must return logits (B, classes) of two classes or more, got {list(logits.shape)}.')
     if not torch.isfinite(logits).all():
         raise ValueError(f'The logits are NaN or infinite: {REMEDY}')
-    if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ValueError(
-            f'Labels must lie in [0, {logits.shape[1]}), the classes of the model; got '
-            f'[{int(labels.min())}, {int(labels.max())}].'
-        )
+    _read(images, everything, logits.shape[1], model.mean.device)
+    return logits.shape[1], x.shape[1:]
 
 
 def filled_in(attacks: Sequence[str], settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -282,11 +305,6 @@ def _radii(eps: Any, norm: str) -> list[float]:
     return list(dict.fromkeys(parse_radius(epsilon, norm) for epsilon in _listed(eps)))
 
 
-def _pixels(images: Tensor, part: slice) -> Tensor:
-    pixels = images[part].contiguous().float()
-    return pixels / 255 if images.dtype == torch.uint8 else pixels
-
-
 def _chunk(
     model: PixelModel,
     images: Tensor,
@@ -320,27 +338,6 @@ def _clean(model: PixelModel, images: Tensor, labels: Tensor) -> Outcome:
     if broken.any():
         raise ValueError(f'The logits of {int(broken.sum())} of {len(images)} images are NaN or infinite: {REMEDY}')
     return Outcome({Variant(): logits.argmax(1) == labels})
-
-
-def _saved(path: Path | None, measure: Callable[[], Chunk]) -> Chunk:
-    """Read from ``path``, or measured and written there."""
-    if path and path.is_file():
-        return json.loads(path.read_text())
-    record = measure()
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(record))
-    return record
-
-
-def _path(store: Path | None, attack: str, start: int) -> Path | None:
-    return store / f'{attack}_{start:07d}.json' if store else None
-
-
-def _read(store: Path | None, attack: str, start: int) -> Chunk:
-    path = _path(store, attack, start)
-    assert path is not None, 'a chunk of another process'
-    return json.loads(path.read_text())
 
 
 def _scores(attack: str, chunks: list[Chunk]) -> list[Score]:
@@ -387,9 +384,10 @@ def _hash_tensors(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _bar(jobs: Sequence[tuple[str, int]], show: bool) -> Any:
+def _bar(jobs: Sequence[Job], show: bool) -> Any:
+    """With the time that is left; a line a minute where there is no terminal."""
     if not show:
         return jobs
     from tqdm import tqdm
 
-    return tqdm(jobs, 'chunks', unit=' chunk')
+    return tqdm(jobs, 'chunks', unit=' chunk', mininterval=0.1 if sys.stderr.isatty() else 60)

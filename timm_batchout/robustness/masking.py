@@ -9,18 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_batchout.pixels import seeded
-from timm_batchout.robustness.report import Score, Variant
+from timm_batchout.robustness.report import Audit, Score, Variant
 from timm_batchout.text import format_radius
 
-__all__ = ['measure', 'misled', 'suspicions', 'verdict']
+__all__ = ['judge', 'measure', 'misled']
 
-TOLERANCE = 0.05  # shares of images that differ by less say nothing at a few hundred images
+RIGHT_IMAGES = 100  # at most so many are looked at
+ENOUGH = 50  # with fewer, chance looks like a sign: honest nets were accused at 10 and 20 images, none at 50 or more
+# From where any net is fooled to where hardly any image is left; in [0, 1] pixels.
+RADII = (1 / 1020, 1 / 510, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2, 0.3, 0.5)
+STEPS = 20  # of PGD
+QUERIES = 500  # of the gradient-free attack
+UNBOUNDED = 0.05  # an attack without bounds fools all images but so many, by any loss of the right sign
 REPEATABLE = 0.99
-# FGSM above PGD on the six bundled nets: at most 0.57 where training was honest, 0.81 to 1 where it overfitted to FGSM.
-SINGLE_STEP = 0.7
-SMOOTH = 0.1  # on the same nets: 0.44 and more, and below 0.05
-NEIGHBOURHOOD = 0.5  # farther away is another image, with a gradient of its own
-INFORMATIVE = 0.1  # losses can be compared where PGD leaves as much
+OVERFITTED = 2.5  # FGSM leaves half right at this multiple of the radius where PGD does: up to 1.6 on honest nets
+NO_GRADIENT = 0.05  # share of the images
+SMOOTH = 0.1
+QUERIED = 0.08  # share of the images that gradients leave: up to 0.06 on honest nets
+ENOUGH_LEFT = 0.2
 LOSSES = ('cross-entropy', 'scale-free', 'margin')
 STRONGER = (  # the first of two should leave no more right than the second
     ('pgd', 'fgsm'),
@@ -33,151 +39,180 @@ STRONGER = (  # the first of two should leave no more right than the second
 )
 
 
-def measure(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    radii: Sequence[float] = (),
-    steps: int = 20,
-    seed: int = 0,
-    source: nn.Module | None = None,
-) -> dict[str, Any]:
-    """What the gradients of a model look like around some images that it classifies right.
+def measure(model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0, source: nn.Module | None = None) -> Audit:
+    """What the gradients of a model look like around images that it classifies right, and what does not fit.
+
+    Nothing of it depends on the attacks that a report asks for; which radii to look at is found by bisection.
 
     Args:
         model: ``PixelModel``: [0, 1] images to logits.
-        images: (B, C, H, W), floating, in [0, 1]. A hundred or more.
+        images: (B, C, H, W), floating, in [0, 1]. Up to a hundred that are classified right are used.
         labels: (B,), int64.
-        radii: L-infinity, in [0, 1] pixels; none above 0: 8/255.
-        steps: Of PGD.
-        seed: Of its random starts, and of what the model draws.
+        seed: Of the random starts and queries, and of what the model draws.
         source: ``PixelModel`` whose PGD images are tried as well.
 
     Returns:
-        ``n`` (images classified right; no more if 0), ``radii`` (for each: what FGSM, and PGD on the cross-entropy,
-        leave right), ``radius`` (the one of them where PGD leaves nearest to half right, for what follows), ``steps``,
-        ``logit_std``, ``zero_gradients`` and ``non_finite_gradients`` (shares), ``repeatability`` (cosine of the
-        gradients of the same image, twice), ``smoothness`` (of an image and a random neighbour within the largest
-        radius, ``neighbourhood``), ``pgd`` (what PGD leaves right, by loss), ``unbounded`` (the same at radius 1) and,
-        with a source, ``transfer`` (what its PGD images leave right).
+        Measurements and suspicions, without a verdict. No more than the number of images where there is nothing to
+        tell: with fewer than 50, or where every image has the same logits.
     """
+    with seeded(seed), torch.no_grad():
+        logits = model(images)
+    right = (logits.argmax(1) == labels).nonzero()[:RIGHT_IMAGES, 0]
+    constant = len(images) > 1 and bool((logits == logits[:1]).all())
+    if len(right) < ENOUGH or constant:
+        return Audit(n=len(right), constant=constant)
     with seeded(seed):
-        return _measure(model, images, labels, sorted({r for r in radii if r > 0}) or [8 / 255], steps, seed, source)
+        return _measure(model, images[right], labels[right], logits[right].std().item(), seed, source)
 
 
 def _measure(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    radii: list[float],
-    steps: int,
-    seed: int,
-    source: nn.Module | None,
-) -> dict[str, Any]:
-    with torch.no_grad():
-        logits = model(images)
-    right = logits.argmax(1) == labels
-    images, labels, logits = images[right], labels[right], logits[right]
-    if len(images) == 0:
-        return {'n': 0}
+    model: nn.Module, images: Tensor, labels: Tensor, logit_std: float, seed: int, source: nn.Module | None
+) -> Audit:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.empty_like(images, device='cpu').uniform_(-1, 1, generator=generator).to(images.device)
+    first, second = (_gradient(model, images, labels, LOSSES[0]) for _ in range(2))
+    sign = first.nan_to_num().sign()
+    fgsm = {radius: _right(model, (images + radius * sign).clamp(0, 1), labels) for radius in RADII}
 
-    def start(radius: float) -> Tensor:
-        return (images + radius * noise).clamp(0, 1)
+    def pgd(radius: float, loss: str, source: nn.Module = model) -> Tensor:
+        start = (images + radius * noise).clamp(0, 1)
+        return _pgd(model, images, labels, start, radius, STEPS, loss, source)
 
-    def pgd(radius: float, loss: str, source: nn.Module = model) -> float:
-        return _pgd(model, images, labels, start(radius), radius, steps, loss, source)
-
-    neighbourhood = min(radii[-1], NEIGHBOURHOOD)
-    first, second, beside = (
-        _gradient(model, x, labels, LOSSES[0]).flatten(1) for x in (images, images, start(neighbourhood))
+    tried = _bisected(lambda radius: pgd(radius, LOSSES[0]))
+    radius = _telling(tried)
+    by_loss = {LOSSES[0]: tried[radius], **{loss: pgd(radius, loss) for loss in LOSSES[1:]}}
+    unbounded = {loss: _share(_pgd(model, images, labels, images, 1.0, 2 * STEPS, loss, model)) for loss in LOSSES}
+    transferred = None if source is None else pgd(radius, LOSSES[0], source)
+    left = torch.stack(list(by_loss.values())).all(0)
+    taken = _taken_by_queries(model, images[left], labels[left], radius, seed)
+    beside = (images + radius * noise).clamp(0, 1)
+    moved = (beside != images).flatten(1)  # pixels that clipping holds keep their gradient, and would hide the others
+    there = _gradient(model, beside, labels, LOSSES[0]).flatten(1)
+    flat, finite = first.flatten(1), torch.isfinite(first).flatten(1).all(1)
+    audit = Audit(
+        n=len(images),
+        radius=radius,
+        radii=[{'radius': r, 'fgsm': _share(fgsm[r]), 'pgd': _share(tried[r]) if r in tried else None} for r in RADII],
+        steps=STEPS,
+        logit_std=logit_std,
+        zero_gradients=(flat == 0).all(1).float().mean().item(),
+        non_finite_gradients=(~finite).float().mean().item(),
+        repeatability=_cosine(flat[finite], second.flatten(1)[finite]),
+        smoothness=_cosine((flat * moved)[finite], (there * moved)[finite]),
+        pgd={loss: _share(mask) for loss, mask in by_loss.items()},
+        unbounded=unbounded,
+        transfer=None if transferred is None else _share(transferred),
+        queries=QUERIES if taken is not None else 0,
+        left=int(left.sum()),
+        taken=taken or 0,
     )
-    finite = torch.isfinite(first).all(1)
-    tried: list[dict[str, float]] = []
-    # Where PGD leaves nothing at any radius, all losses are alike: on to smaller ones, within reason.
-    smaller = [radii[0] / 2**i for i in range(1, 5)]
-    for radius in [*reversed(radii), *smaller]:
-        if radius in smaller and max(entry['pgd'] for entry in tried) >= INFORMATIVE:
-            break
-        stepped = (images + radius * first.view_as(images).nan_to_num().sign()).clamp(0, 1)
-        tried.append({'radius': radius, 'fgsm': _share_right(model, stepped, labels), 'pgd': pgd(radius, LOSSES[0])})
-    radius = min(tried, key=lambda entry: abs(entry['pgd'] - 0.5))['radius']
-    return {
-        'n': len(images),
-        'radii': tried,
-        'radius': radius,
-        'steps': steps,
-        'logit_std': logits.std().item(),
-        'zero_gradients': (first == 0).all(1).float().mean().item(),
-        'non_finite_gradients': (~finite).float().mean().item(),
-        'repeatability': _cosine(first[finite], second[finite]),
-        'neighbourhood': neighbourhood,
-        'smoothness': _cosine(first[finite], beside[finite]),
-        'pgd': {loss: pgd(radius, loss) for loss in LOSSES},
-        'unbounded': {loss: _pgd(model, images, labels, images, 1.0, 2 * steps, loss, model) for loss in LOSSES},
-        **({} if source is None else {'transfer': pgd(radius, LOSSES[0], source)}),
-    }
+    audit.suspicions = [
+        *_of_gradients(audit),
+        *_of_single_steps(fgsm, tried),
+        *_of_losses(by_loss, transferred),
+        *_of_extremes(audit),
+    ]
+    return audit
 
 
-def suspicions(
-    measured: dict[str, Any],
-    scores: Sequence[Score] = (),
-    right: Mapping[tuple[str, Variant], Sequence[int]] | None = None,
-) -> list[str]:
-    """What does not fit with honest gradients, in words; empty where nothing does.
-
-    Args:
-        measured: What ``measure`` found.
-        scores: Of the attacks, which should be ordered by their strength.
-        right: Image by image, by ``Score.key``, so that attacks on more and on fewer images are compared on the same.
-    """
-    if measured['n'] == 0:
-        return []
+def _of_gradients(audit: Audit) -> list[str]:
     found = []
     for name in ('zero_gradients', 'non_finite_gradients'):
-        if measured[name] > 0.01:
-            found.append(f'{measured[name]:.0%} of the images have {name.replace("_", " ")}')
-    if _random(measured):
-        found.append(f'the gradient is random (cosine {measured["repeatability"]:.2f} of the same image, twice)')
-    if measured['smoothness'] < SMOOTH:
+        share = getattr(audit, name)
+        if share > NO_GRADIENT:
+            found.append(f'{share:.0%} of the images have {name.replace("_", " ")}')
+    if audit.repeatability < REPEATABLE:
+        found.append(f'the gradient is random (cosine {audit.repeatability:.2f} of the same image, twice)')
+    if audit.smoothness < SMOOTH:
         found.append(
-            f'neighbours within {measured["neighbourhood"]:.4g} have other gradients (cosine '
-            f'{measured["smoothness"]:.2f})'
+            f'neighbours within {format_radius(audit.radius)} have other gradients (cosine {audit.smoothness:.2f})'
         )
-    apart = max(measured['radii'], key=lambda entry: entry['fgsm'] - entry['pgd'])
-    if apart['fgsm'] - apart['pgd'] > SINGLE_STEP:
-        found.append(f'at {apart["radius"]:.4g} FGSM leaves {apart["fgsm"]:.1%} right, PGD {apart["pgd"]:.1%}')
-    pgd = measured['pgd']
-    best = min(pgd, key=pgd.__getitem__)
-    if pgd['cross-entropy'] - pgd[best] > TOLERANCE:
+    return found
+
+
+def _of_single_steps(fgsm: Mapping[float, Tensor], pgd: Mapping[float, Tensor]) -> list[str]:
+    """FGSM far above PGD (a net that overfitted to FGSM), or below it.
+
+    An image that PGD fools within a radius is fooled within every larger one: the radii need not be the same.
+    """
+    found = []
+    halved = min((radius for radius in pgd if _share(pgd[radius]) <= 0.5), default=1.0)
+    for radius in sorted(fgsm, reverse=True):
+        if radius >= OVERFITTED * halved and _share(fgsm[radius]) > 0.5:
+            found.append(
+                f'FGSM leaves {_share(fgsm[radius]):.0%} right at {format_radius(radius)}, PGD '
+                f'{_share(pgd[halved]):.0%} at {format_radius(halved)}'
+            )
+            break
+    for larger, strong in sorted(pgd.items(), reverse=True):
+        for radius, weak in sorted(fgsm.items()):
+            if radius <= larger and more(strong, weak):
+                return [
+                    *found,
+                    f'PGD leaves {_share(strong):.0%} right at {format_radius(larger)}, FGSM {_share(weak):.0%} at '
+                    f'{format_radius(radius)}',
+                ]
+    return found
+
+
+def _of_losses(by_loss: Mapping[str, Tensor], transferred: Tensor | None) -> list[str]:
+    usual = by_loss[LOSSES[0]]
+    best = min(by_loss, key=lambda loss: _share(by_loss[loss]))
+    found = []
+    if more(usual, by_loss[best]):
         found.append(
-            f'PGD on the cross-entropy leaves {pgd["cross-entropy"]:.1%} right, on the {best} loss {pgd[best]:.1%}'
+            f'PGD on the cross-entropy leaves {_share(usual):.0%} right, on the {best} loss {_share(by_loss[best]):.0%}'
         )
-    if pgd['cross-entropy'] - measured.get('transfer', 1) > TOLERANCE:
-        found.append(f"PGD leaves {pgd['cross-entropy']:.1%} right, another net's images {measured['transfer']:.1%}")
-    unbounded = measured['unbounded']
-    if unbounded['cross-entropy'] > TOLERANCE:
-        found.append(f'an attack without bounds leaves {unbounded["cross-entropy"]:.1%} right')
-    return found + _disorder(scores, right or {})
+    if transferred is not None and more(usual, transferred):
+        found.append(f"PGD leaves {_share(usual):.0%} right, another net's images {_share(transferred):.0%}")
+    return found
+
+
+def _of_extremes(audit: Audit) -> list[str]:
+    found = []
+    if audit.unbounded[LOSSES[0]] > UNBOUNDED:
+        found.append(f'an attack without bounds leaves {audit.unbounded[LOSSES[0]]:.0%} right')
+    if _too_many(audit.taken, audit.left):
+        found.append(
+            f'{audit.queries} queries without gradients fool {audit.taken} of {audit.left} images that PGD leaves right'
+        )
+    return found
+
+
+def judge(
+    audit: Audit, scores: Sequence[Score] = (), right: Mapping[tuple[str, Variant], Sequence[int]] | None = None
+) -> Audit:
+    """Add what the attacks of the report say about each other, and the verdict in plain words.
+
+    Args:
+        audit: What ``measure`` found.
+        scores: Of the attacks, which should be ordered by their strength.
+        right: Image by image, 0 or 1, by ``Score.key``, so that attacks on more and on fewer images are compared on the
+            same.
+    """
+    if audit.constant:
+        verdict = 'nothing to check: the model gives every image the same logits.'
+    elif audit.n < ENOUGH:
+        verdict = f'too few images to tell: {audit.n} were classified right, {ENOUGH} or more are needed.'
+    else:
+        audit.suspicions += _disorder(scores, right or {})
+        attacks = 'FGSM, PGD and AutoAttack' if _random(audit) else 'FGSM and PGD'
+        reasons = '; '.join(audit.suspicions)
+        verdict = f'LIKELY: {reasons}. {attacks} figures overstate robustness.' if reasons else 'no sign of it.'
+    audit.verdict = verdict
+    return audit
 
 
 def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Sequence[int]]) -> list[str]:
-    """Stronger attacks that do less."""
+    """Stronger attacks that do less, and queries that take what AutoAttack's gradients left."""
 
     def excess(strong: Score, weak: Score) -> bool:
-        """More images withstand the stronger attack, of those that both were run on."""
-        if not right:
-            return strong.accuracy - weak.accuracy > TOLERANCE
-        pairs = list(zip(right[strong.key], right[weak.key], strict=False))  # as many as both have
-        more, fewer = (sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
-        # McNemar's test, three standard deviations: what a few images do by chance is no sign.
-        return more - fewer > max(0.01 * len(pairs), 3 * (more + fewer) ** 0.5)
+        return more(right[strong.key], right[weak.key])
 
     found = []
     by_attack: dict[str, dict[float, Score]] = {}
     for score in scores:
-        if score.norm and score.radius is not None:
+        if score.norm and score.radius is not None and not score.stage:
             by_attack.setdefault(score.attack, {})[score.radius] = score  # '0.1' is '0.10'
     for attack, by_radius in by_attack.items():
         ordered = [score for _, score in sorted(by_radius.items())]
@@ -188,35 +223,65 @@ def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Seque
             other = by_attack.get(weak, {}).get(radius)
             if other and excess(score, other):
                 found.append(f'{weak} at {format_radius(radius)} does more than {strong}')
+    stages = {(score.attack, score.radius, score.stage): score for score in scores if score.stage}
+    for (attack, at, stage), score in stages.items():
+        before = stages.get((attack, at, 'fab-t'))
+        if stage == 'square' and before and _too_many(before.correct - score.correct, before.correct):
+            found.append(
+                f'{attack} at {format_radius(at or 0)}: queries fool {before.correct - score.correct} of '
+                f'{before.correct} images that its gradients leave right'
+            )
     return found
 
 
-def misled(loss: str, measured: dict[str, Any], found: Sequence[str]) -> bool:
+def more(a: Tensor | Sequence[int], b: Tensor | Sequence[int]) -> bool:
+    """Of the images that both were run on, significantly more are right in ``a`` than in ``b``.
+
+    McNemar's test, three standard deviations: what a few images do by chance is no sign.
+    """
+    pairs = [(int(x), int(y)) for x, y in zip(a, b, strict=False)]  # as many as both have
+    up, down = (sum(x > y for x, y in pairs), sum(x < y for x, y in pairs))
+    return up - down > max(0.01 * len(pairs), 3 * (up + down) ** 0.5)
+
+
+def _too_many(taken: int, left: int) -> bool:
+    """Images that queries fool after gradients did not: none to a few on honest nets."""
+    return taken >= 3 and taken > QUERIED * left
+
+
+def misled(loss: str, audit: Audit) -> bool:
     """Do attacks along the gradient of this loss (``Attack.loss``) overstate robustness?
 
     Large logits spare the margin's; AutoAttack's several losses, and its queries, are spared by all but randomness.
     """
-    if not loss or not measured['n']:
+    if not loss or not audit.suspicions:
         return False
     if loss == 'several':
-        return _random(measured)
+        return _random(audit)
     if loss == 'margin':
-        return _random(measured) or measured['unbounded'][loss] > TOLERANCE
-    return bool(found)
+        return _random(audit) or audit.unbounded[loss] > UNBOUNDED
+    return True
 
 
-def verdict(measured: dict[str, Any], found: Sequence[str]) -> str:
-    """In plain words."""
-    if not measured['n']:
-        return 'nothing to check: no image was classified right.'
-    if not found:
-        return 'no sign of it.'
-    attacks = 'FGSM, PGD and AutoAttack' if _random(measured) else 'FGSM and PGD'
-    return f'LIKELY: {"; ".join(found)}. {attacks} figures overstate robustness.'
+def _random(audit: Audit) -> bool:
+    return audit.repeatability < REPEATABLE
 
 
-def _random(measured: dict[str, Any]) -> bool:
-    return measured['repeatability'] < REPEATABLE
+def _bisected(pgd: Any) -> dict[float, Tensor]:
+    """PGD at radii that close in on where it leaves half of the images."""
+    tried: dict[float, Tensor] = {}
+    low, high = 0, len(RADII) - 1
+    while low <= high:
+        middle = (low + high + 1) // 2
+        tried[RADII[middle]] = pgd(RADII[middle])
+        low, high = (middle + 1, high) if _share(tried[RADII[middle]]) > 0.5 else (low, middle - 1)
+    return tried
+
+
+def _telling(tried: Mapping[float, Tensor]) -> float:
+    """The radius to compare attacks at: where PGD leaves few images, but enough to see what others do to them."""
+    some = {radius: share for radius, right in tried.items() if ENOUGH_LEFT <= (share := _share(right)) <= 0.8}
+    return min(some, key=some.__getitem__) if some else min(tried, key=lambda r: abs(_share(tried[r]) - 0.5))
 
 
 def _gradient(model: nn.Module, images: Tensor, labels: Tensor, loss: str) -> Tensor:
@@ -241,23 +306,44 @@ def _pgd(
     steps: int,
     loss: str,
     source: nn.Module,
-) -> float:
-    """The share of images that stay right at the end of every step: foolbox has no PGD on these losses.
+) -> Tensor:
+    """(B,) bool, the images that stay right at the end of every step: foolbox has no PGD on these losses.
 
-    The gradients are those of ``source``.
+    The gradients are those of ``source``. Images that are fooled leave the batch.
     """
-    x, right = start, torch.ones(len(images), dtype=torch.bool, device=images.device)
+    right = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    left, x = torch.arange(len(images), device=images.device), start
     for _ in range(steps):
-        step = 2.5 / steps * radius * _gradient(source, x, labels, loss).nan_to_num().sign()
-        x = torch.minimum(torch.maximum(x + step, images - radius), images + radius).clamp(0, 1)
-        with torch.no_grad():
-            right &= model(x).argmax(1) == labels
-    return right.float().mean().item()
+        step = 2.5 / steps * radius * _gradient(source, x, labels[left], loss).nan_to_num().sign()
+        x = torch.minimum(torch.maximum(x + step, images[left] - radius), images[left] + radius).clamp(0, 1)
+        keep = _right(model, x, labels[left])
+        right[left[~keep]] = False
+        left, x = left[keep], x[keep]
+        if not len(left):
+            break
+    return right
+
+
+def _taken_by_queries(model: nn.Module, images: Tensor, labels: Tensor, radius: float, seed: int) -> int | None:
+    """How many of the images AutoAttack's Square fools without gradients; None where its package is missing."""
+    try:
+        from pyautoattack.square import SquareAttack
+    except ImportError:
+        return None
+    if not len(images):
+        return 0
+    attack = SquareAttack(model, 'Linf', QUERIES, radius, seed=seed, device=images.device)
+    with torch.no_grad():
+        return int((~_right(model, attack.perturb(images, labels), labels)).sum())
 
 
 @torch.no_grad()
-def _share_right(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (model(images).argmax(1) == labels).float().mean().item()
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    return model(images).argmax(1) == labels
+
+
+def _share(right: Tensor) -> float:
+    return right.float().mean().item()
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -1,8 +1,10 @@
 """Robust accuracy over the radius, one curve per model."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.report import Report, Variant
 from timm_batchout.robustness.tables import TITLES, attack_title
 
@@ -57,13 +59,17 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
         ax.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel('robust accuracy, %')
-    lines = [Line2D([], [], color=f'C{i}', marker='.', label=report.model) for i, report in enumerate(reports)]
+    names = [report.model.replace('$', r'\$') for report in reports]  # else a formula begins
+    lines = [Line2D([], [], color=f'C{i}', marker='.', label=name) for i, name in enumerate(names)]
     if any_masked:
         lines.append(Line2D([], [], color='gray', linestyle='--', label='dashed: gradients masked, overstated'))
     figure.legend(handles=lines, loc='outside upper center', ncols=columns)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={'Date': None} if path.suffix == '.svg' else None)
+    drawn = io.BytesIO()
+    kind = path.suffix.lstrip('.') or 'png'
+    figure.savefig(drawn, format=kind, metadata={'Date': None} if kind == 'svg' else None)
+    write_atomically(path, drawn.getvalue())  # a link is replaced, not written through
     plt.close(figure)
 
 

@@ -2,14 +2,18 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
-from fractions import Fraction
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from timm_batchout.provenance import write_atomically
+from timm_batchout.text import parse_radius
 
-__all__ = ['Report', 'Score', 'Variant', 'differences', 'wilson']
+__all__ = ['Audit', 'Report', 'Score', 'Variant', 'differences', 'wilson']
+
+Checked = TypeVar('Checked')
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -77,6 +81,50 @@ class Score:
 
 
 @dataclass
+class Audit:
+    """What the audit for gradient masking measured on ``n`` images that the model classifies right, and its verdict.
+
+    Attributes:
+        verdict: In plain words.
+        suspicions: What does not fit with honest gradients; empty where nothing does.
+        n: Images; where they are too few, nothing below was measured.
+        constant: The model gives every image the same logits: there is nothing to check.
+        radius: L-infinity, in [0, 1] pixels: where PGD leaves few images, but enough to see what other attacks do to
+            them. What follows was measured there.
+        radii: For each radius, the shares that FGSM (``fgsm``) and PGD (``pgd``; None: not run) leave right.
+        steps: Of PGD.
+        logit_std: Standard deviation of all logits.
+        zero_gradients, non_finite_gradients: Shares of images with such a gradient of the cross-entropy.
+        repeatability: Mean cosine of the gradients of the same image, computed twice.
+        smoothness: The same of an image and a random neighbour, over the pixels that differ.
+        pgd: Shares that PGD leaves right, by its loss.
+        unbounded: The same at radius 1.
+        queries: Of the attack without gradients; 0: its package is not installed.
+        left, taken: Images that PGD leaves right on all losses, and how many of them the queries fool.
+        transfer: Share that PGD images of another net leave right; None where no net was given.
+    """
+
+    verdict: str = ''
+    suspicions: list[str] = field(default_factory=list)
+    n: int = 0
+    constant: bool = False
+    radius: float = 0.0
+    radii: list[dict[str, float | None]] = field(default_factory=list)
+    steps: int = 0
+    logit_std: float = 0.0
+    zero_gradients: float = 0.0
+    non_finite_gradients: float = 0.0
+    repeatability: float = 1.0
+    smoothness: float = 1.0
+    pgd: dict[str, float] = field(default_factory=dict)
+    unbounded: dict[str, float] = field(default_factory=dict)
+    queries: int = 0
+    left: int = 0
+    taken: int = 0
+    transfer: float | None = None
+
+
+@dataclass
 class Report:
     """One model on one data set under several attacks.
 
@@ -106,7 +154,7 @@ class Report:
     preprocessing: dict[str, Any]
     settings: dict[str, Any]
     scores: list[Score]
-    audit: dict[str, Any] | None = None
+    audit: Audit | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -124,7 +172,7 @@ class Report:
         Raises:
             KeyError: It was not measured.
         """
-        value = float(Fraction(radius)) if isinstance(radius, str) else radius
+        value = parse_radius(radius, 'L2') if isinstance(radius, str) else radius
         variant = Variant(value, iteration, stage, corruption)
         for score in self.scores:
             if score.key == (attack, variant):
@@ -139,10 +187,33 @@ class Report:
         return report
 
     @classmethod
-    def from_dict(cls, report: dict[str, Any]) -> 'Report':
-        names = Score.__dataclass_fields__
-        scores = [Score(**{name: entry[name] for name in names}) for entry in report['scores']]
-        return cls(**{**report, 'scores': scores})
+    def from_dict(cls, report: Mapping[str, Any]) -> 'Report':
+        """What ``to_dict`` gave, checked field by field: reports come from other people, too.
+
+        Raises:
+            ValueError: A field that is missing, unknown, of another type or out of range, with its name.
+        """
+        values = dict(_of_type('the report', report, dict))
+        scores = []
+        for i, entry in enumerate(_of_type('scores', values.get('scores'), list)):
+            where = f'scores[{i}]'
+            stated = dict(_of_type(where, entry, dict))
+            for derived in ('accuracy', 'interval95'):
+                stated.pop(derived, None)
+            scores.append(_checked(Score, stated, where))
+            _check_score(scores[-1], where)
+        if not scores or scores[0].attack != 'clean':
+            raise ValueError('scores[0] must be the clean one.')
+        audit = values.get('audit')
+        values['audit'] = None if audit is None else _checked(Audit, dict(_of_type('audit', audit, dict)), 'audit')
+        checked = _checked(cls, {**values, 'scores': scores}, '')
+        if not 0 < checked.n < math.inf:
+            raise ValueError(f'n must be at least 1, got {checked.n!r}.')
+        for name in ('mean', 'std', 'input_size'):
+            _of_type(f'preprocessing.{name}', checked.preprocessing.get(name), list)
+        for name, settings in checked.settings.items():
+            _of_type(f'settings.{name}', settings, dict)
+        return checked
 
     def save(self, path: str | Path) -> None:
         write_atomically(Path(path), json.dumps(self.to_dict(), indent=1, allow_nan=False) + '\n')
@@ -156,10 +227,57 @@ class Report:
         """
         text = Path(path).read_bytes()
         try:
-            content = json.loads(text)
+            content = _of_type('the file', json.loads(text), dict)
             return cls.from_dict(content.get('report', content))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f'{str(path)!r} is no report that `timm-batchout evaluate` wrote ({error!r}).') from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'{str(path)!r} is no report that `timm-batchout evaluate` wrote: {error}') from error
+
+
+def _checked(cls: type[Checked], values: Mapping[str, Any], where: str) -> Checked:
+    """The dataclass of these values, if they are all there, of the type of their field, and no others."""
+    known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+    prefix = f'{where}.' if where else ''
+    for name in values:
+        if name not in known:
+            raise ValueError(f'{prefix}{name} is no field of a report; there are {", ".join(known)}.')
+    for name, entry in known.items():
+        if name in values:
+            _check_type(f'{prefix}{name}', values[name], entry.type)
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise ValueError(f'{prefix}{name} is missing.')
+    return cls(**values)
+
+
+def _check_type(where: str, value: Any, kind: Any) -> None:
+    """Raise ValueError unless a value is what an annotation says: a plain type, a list or dict, or one of several."""
+    allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    types = tuple(float if one is float else (get_origin(one) or one) for one in allowed)
+    if float in types:
+        types += (int,)
+    fits = isinstance(value, types) and not (isinstance(value, bool) and bool not in types)
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        wanted = ' or '.join('null' if one is type(None) else one.__name__ for one in types)
+        raise ValueError(f'{where} must be of type {wanted}, got {str(value)[:40]!r}.')
+    if isinstance(value, list) and kind == list[str]:
+        for i, inner in enumerate(value):
+            _check_type(f'{where}[{i}]', inner, str)
+
+
+def _of_type(where: str, value: Any, kind: type[Checked]) -> Checked:
+    if not isinstance(value, kind):
+        raise ValueError(f'{where} must be of type {kind.__name__}, got {str(value)[:40]!r}.')
+    return value
+
+
+def _check_score(score: Score, where: str) -> None:
+    if score.n < 1:
+        raise ValueError(f'{where}.n must be at least 1, got {score.n}.')
+    if not 0 <= score.correct <= score.n:
+        raise ValueError(f'{where}.correct must lie in [0, n={score.n}], got {score.correct}.')
+    for name in ('radius', 'median_distance', 'mean_distance'):
+        value = getattr(score, name)
+        if value is not None and value < 0:
+            raise ValueError(f'{where}.{name} must be at least 0, got {value}.')
 
 
 ROUNDING = 0.005  # of the images: FGSM on one processor and another differed by up to 28 of 10,000

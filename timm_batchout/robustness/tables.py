@@ -33,8 +33,11 @@ def table(report: Report) -> str:
             f'{100 * score.accuracy:.2f} ({100 * low:.1f} to {100 * high:.1f}) | {distance} |'
         )
     head = f'**{report.model}** on {report.data}, n = {report.n}'
-    verdict = f'\n\nGradient masking: {report.audit["verdict"]}' if report.audit else ''
-    return head + '\n\n' + '\n'.join(rows) + verdict
+    verdict = f'\n\nGradient masking: {report.audit.verdict}' if report.audit else ''
+    assumed = '' if report.preprocessing.get('stated', True) else (
+        '\n\nThe model states no mean and std: it was given plain [0, 1] pixels.'
+    )  # fmt: skip
+    return head + '\n\n' + '\n'.join(rows) + assumed + verdict
 
 
 def overview(reports: Mapping[str, Report]) -> str:
@@ -78,8 +81,9 @@ def compare(reports: Sequence[Report], names: Sequence[str] = (), first_only: bo
     """
     if len({(report.data, report.indices, report.n) for report in reports}) != 1:
         raise ValueError('The reports are of different images: they cannot stand in one table.')
+    heads = [name.replace('|', '\\|') for name in (reports[0].data, *(names or [report.model for report in reports]))]
     rows = [
-        f'| {reports[0].data}, accuracy % | n | {" | ".join(names or [report.model for report in reports])} |',
+        f'| {heads[0]}, accuracy % | n | {" | ".join(heads[1:])} |',
         '|---' * (len(reports) + 2) + '|',
     ]
     known = [{(*score.key, score.n): score for score in report.scores} for report in reports]

@@ -27,10 +27,11 @@ from accelerate.utils import DistributedType, broadcast_object_list, parse_flag_
 from torch import Tensor, nn
 
 import timm_batchout.zoo.register  # noqa: F401
-from timm_batchout.data.memory import Split, load_data
+from timm_batchout.data.images import Split, laid_out
+from timm_batchout.data.memory import load_data
 from timm_batchout.data.workers import TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
-from timm_batchout.pixels import PixelModel
+from timm_batchout.pixels import PixelModel, seeded
 from timm_batchout.recipe import configure
 from timm_batchout.training.checkpoints import restore_checkpoint
 from timm_batchout.training.config import TrainConfig
@@ -67,9 +68,17 @@ def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **
         config = configure(TrainConfig, recipe, **overrides)
     config.validate()
     check_model_name(config.model)
-    splits = load_data(config.data)
     accelerator = _accelerator(config)
+    try:
+        splits = load_data(config.data)
+    except ValueError as error:
+        if not config.dry_run:
+            raise
+        print(f'The data cannot be read; the input is assumed to be what the model states: {error}')
+        return _describe(*_create_model(config, 0, accelerator.is_main_process), None)
     config, model = _create_model(config, splits[0].classes, accelerator.is_main_process)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     _check_fit(config, model, splits[0])
     if config.batch_size * accelerator.num_processes > len(splits[0]):
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(splits[0])} images).')
@@ -186,14 +195,14 @@ def _rendezvous_after_restart(backend: str | None) -> None:
 
 
 def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> None:
-    """The model takes these images and has an output for every label."""
+    """The model takes these images, has an output for every label, and a step of training works."""
     classes = int(model.num_classes)  # type: ignore[arg-type]
     if classes < split.classes:
         raise ValueError(
             f'The model has {classes} classes, the data {split.classes}: set model_args.num_classes={split.classes}.'
         )
     cfg = input_cfg(model, config.data)
-    images = _two_images(cfg, split)
+    images = laid_out(_two_images(cfg, split), config.channels_last)
     for name in ('mean', 'std'):
         if len(cfg[name]) not in (1, images.shape[1]):
             raise ValueError(
@@ -202,25 +211,50 @@ def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) 
                 'std: [...]} with one value per channel.'
             )
     try:
-        with torch.no_grad():
-            PixelModel(model, cfg)(images)
-    except (RuntimeError, AssertionError) as error:  # timm's ViTs assert the size
+        _try_a_step(model, PixelModel(model, cfg), images)
+    except (RuntimeError, AssertionError, ValueError) as error:  # timm's ViTs assert the size
+        if 'view size is not compatible' in str(error):
+            raise ValueError(
+                f'The model uses .view on features that are not laid out for it ({error}). Put .reshape in its place, '
+                'or set channels_last to false.'
+            ) from error
         raise ValueError(
-            f'The model does not take images of shape {list(images.shape[1:])}: {error}. Set '
-            f'{"data.image_size" if isinstance(split, TimmSplit) else "model_args.img_size"} and model_args.in_chans, '
-            'or choose other data.'
+            f'The model does not take images of shape {list(images.shape[1:])}: {error}. {_remedy(config, split)}'
         ) from error
     model.train()
 
 
-def _two_images(cfg: dict[str, Any], split: Split | TimmSplit) -> Tensor:
+def _try_a_step(model: nn.Module, pixel_model: nn.Module, images: Tensor) -> None:
+    """Forward and backward in training mode, before anything is written. The model and the random state stay."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with seeded(0), torch.enable_grad():
+            pixel_model.train()(images).square().mean().backward()
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def _remedy(config: TrainConfig, split: Split | TimmSplit) -> str:
+    if not isinstance(split, TimmSplit):
+        return 'Set model_args.img_size and model_args.in_chans, or choose other data.'
+    if 'img_size' in config.model_args:
+        return f'Set data.image_size={config.model_args["img_size"]}, the size that the model was made for.'
+    return (
+        'Set data.image_size to the size that the model takes, or model_args.img_size and data.image_size to another.'
+    )
+
+
+def _two_images(cfg: dict[str, Any], split: Split | TimmSplit | None) -> Tensor:
     """As the loaders give them: float in [0, 1]. Those that workers will read are zeros of the size that they get."""
     if isinstance(split, Split):
         return split.images[:2].float() / 255
     return torch.zeros(2, *cfg['input_size'])
 
 
-def _describe(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> dict[str, Any]:
+def _describe(config: TrainConfig, model: nn.Module, split: Split | TimmSplit | None) -> dict[str, Any]:
     """A dry run: the resolved recipe, and what one process would hold in memory while it trains."""
     parameters = sum(p.numel() for p in model.parameters())
     saved: dict[int, int] = {}

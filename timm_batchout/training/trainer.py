@@ -16,7 +16,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_batchout.data.memory import Split, TensorLoader, data_label
+from timm_batchout.data.images import Split
+from timm_batchout.data.memory import TensorLoader, data_label
 from timm_batchout.data.workers import TimmLoader, TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
 from timm_batchout.pixels import PixelModel, seeded
@@ -52,10 +53,9 @@ class Run:
         self.folder = RunFolder(config.output)
         self.output = self.folder.path
         self.objective = make_objective(config.objective, list(batchout_sites(model).values()))
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)
         self.cfg = input_cfg(model, config.data)
         self.classes = int(model.num_classes)  # type: ignore[arg-type]
+        self.class_names = list(splits[0].class_names)
         self.loader = self._loader(splits[0], config.batch_size, shuffle=True)
         self.val_loader = self._loader(splits[1], config.eval_batch_size)
         self.test_loader = self._loader(splits[2], config.eval_batch_size)
@@ -334,6 +334,7 @@ class Run:
         result = {
             'model': self.config.model,
             'data': data_label(self.config.data),
+            'class_names': self.class_names,
             'seed': self.config.seed,
             'metrics': {**{name: metrics[-1][name] for name in names}, **test},
             'recipe': self.config.recipe(),

@@ -1,0 +1,72 @@
+"""Weights from files that other programs wrote: safetensors, timm's train.py, torch.save, Lightning."""
+
+from argparse import Namespace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor, nn
+from torch.serialization import safe_globals
+
+__all__ = ['load_checkpoint', 'read_checkpoint']
+
+HOLDERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # where training scripts put the weights
+PREFIXES = ('model.', 'net.', 'backbone.', 'encoder.')  # attributes of Lightning modules
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a file into a model, all of it.
+
+    Raises:
+        ValueError: The file is damaged, holds no weights or code, or is of another architecture.
+    """
+    state = read_checkpoint(path)
+    own = set(model.state_dict())
+    for prefix in PREFIXES:
+        if not own & set(state) and any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    missing, foreign = sorted(own - set(state)), sorted(set(state) - own)
+    if missing or foreign:
+        raise ValueError(
+            f'{str(path)!r} does not fit {type(model).__name__}: it lacks {", ".join(missing[:3]) or "nothing"}, and '
+            f'has {", ".join(foreign[:3]) or "nothing"} besides. Name the architecture that it was trained with.'
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f'{str(path)!r} does not fit: {reason} Set --model_args, e.g. num_classes.') from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """A state_dict, without the prefixes of ``DataParallel`` and ``torch.compile``.
+
+    Moving averages are preferred, as timm does it. Pickles are read with ``weights_only``, which runs no code.
+
+    Raises:
+        ValueError: The file is damaged, or holds no weights or code.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == '.safetensors':
+            return clean_state_dict(load_file(path))
+        with safe_globals([Namespace]):  # the arguments that timm's train.py keeps: names and values, no code
+            content: Any = torch.load(path, map_location='cpu', weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f'{str(path)!r} holds more than weights, and code from it is not run. Where you trust it, save its weights '
+            'alone: safetensors.torch.save_file(torch.load(FILE, weights_only=False)["state_dict"], NEW).'
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f'{str(path)!r} is damaged, write or download it again: {error}.') from error
+    for holder in HOLDERS:
+        if isinstance(content, dict) and isinstance(content.get(holder), dict):
+            content = content[holder]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f'{str(path)!r} holds no state_dict: {type(content).__name__}.')
+    return clean_state_dict(content)

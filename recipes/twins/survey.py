@@ -27,6 +27,7 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load
 from timm.models._registry import _model_to_module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,6 +36,7 @@ from tqdm import tqdm
 from timm_batchout import BatchOut, batchout_sites
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.sites import windowed_blocks
+from timm_batchout.training.run_folder import as_safetensors
 
 RESULT = Path(__file__).with_name('survey.json')
 IMAGES = 3  # k = 0.5 pushes the first one of three
@@ -117,7 +119,7 @@ def examine(arch: str, compiled: bool = False, memory: float = math.inf, side: i
         finite = [bool(torch.isfinite(tensor).all()) for tensor in (*outputs, *grads)]
         record['backward_finite'] = bool(grads) and all(finite)
         del twin, outputs, grads
-        record['limit_equal'] = limit_equal(arch, record)
+        record |= {name: check(arch, record) for name, check in CHECKS.items()}
     if compiled:
         record['compiled'] = _compiles(f'batchout_{arch}', arch, model_args, images)
     record['seconds'] = round(time.perf_counter() - started, 1)
@@ -143,6 +145,23 @@ def limit_equal(arch: str, record: dict[str, Any]) -> bool:
             outputs.append(_tensors(model(images)))
         del model
     return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*outputs, strict=True))
+
+
+def saved_and_loaded(arch: str, record: dict[str, Any]) -> bool:
+    """Whether the file that training writes of the twin gives the plain net the same weights."""
+    side = record['input'][-1]
+    model_args = {**({'img_size': side} if _is_resized(arch, side) else {}), **record.get('reduced', {})}
+    weights = _create(f'batchout_{arch}', model_args, 'cpu').state_dict()
+    with torch.device('meta'):
+        plain = timm.create_model(arch, **model_args)
+    plain.load_state_dict(load(as_safetensors(weights)), assign=True)  # raises where a name or a shape differs
+    return all(torch.equal(value, weights[name]) for name, value in plain.state_dict().items())
+
+
+CHECKS: dict[str, Callable[[str, dict[str, Any]], bool]] = {  # added to records that lack them
+    'limit_equal': limit_equal,
+    'saved_and_loaded': saved_and_loaded,
+}
 
 
 def _is_resized(arch: str, side: int) -> bool:
@@ -358,8 +377,9 @@ def _work(connection: Any, memory: float) -> None:
     while (job := connection.recv()) is not None:
         try:
             arch, compiled, record = job
-            known = record | {'limit_equal': limit_equal(arch, record)} if record else examine(arch, compiled, memory)
-            connection.send(known)
+            if record:
+                record |= {name: check(arch, record) for name, check in CHECKS.items() if name not in record}
+            connection.send(record or examine(arch, compiled, memory))
         except Exception as error:
             connection.send({'family': _model_to_module[job[0]], 'error': _first_line(error)})
 
@@ -449,7 +469,9 @@ def main() -> None:
 
     walk(todo, compiled=False, add_to={})
     lacking = {
-        a: r for a, r in known.items() if r.get('device') == 'cpu' and 'limit_equal' not in r and 'error' not in r
+        arch: record
+        for arch, record in known.items()
+        if record.get('device') == 'cpu' and 'error' not in record and not set(CHECKS) <= set(record)
     }
     walk(list(lacking), compiled=False, add_to=lacking)
     # Again, compiled, the smallest net of every family: only now are the sizes known.

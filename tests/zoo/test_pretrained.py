@@ -38,7 +38,7 @@ test_set_of.__test__ = False
 @pytest.mark.parametrize('name', [name for name in CARDS if 'mnist' in name])
 def test_mnist_accuracy(name):
     split = test_set_of(name)
-    report = evaluate(timm.create_model(name, pretrained=True), split.images, split.labels, [])
+    report = evaluate(timm.create_model(name, pretrained=True), split.images, split.labels, [], audit=False)
     assert report.weights_sha256 == REPORTS[name].weights_sha256
     assert report.score('clean').correct == REPORTS[name].score('clean').correct
 

@@ -1,10 +1,7 @@
 """Datasets small enough to live on the device as uint8 tensors, and the loader that draws batches from them."""
 
 import io
-import lzma
-import tarfile
 import warnings
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +14,12 @@ from torch import Tensor, nn
 from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.decode import is_class, to_mode
 from timm_batchout.data.images import Images, Split, laid_out
+from timm_batchout.data.tars import content, whole_tar
 from timm_batchout.data.workers import TimmImages, TimmSplit, input_cfg, load_timm_splits, load_timm_test_split
 
 __all__ = ['TensorLoader', 'data_label', 'load_data', 'load_split', 'load_test_set']
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-LARGEST_FILE = 64 * 2**20  # bytes of an image file in a tar: a small archive may claim any size
 
 
 def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSplit, TimmSplit, TimmSplit]:
@@ -180,59 +177,20 @@ def _files(root: Path) -> Iterator[_File]:
                     if _is_image(path):
                         yield _File(part, folder.name, str(path), path)
     elif root.is_file():
-        yield from sorted(_members(root), key=lambda file: file.name)
+        found = []
+        with whole_tar(root) as tar:
+            for member in tar:  # one sequential read: seeking in a compressed tar starts it over
+                path = Path(member.name)
+                part, label = path.parent.parent.name, path.parent.name
+                if _is_image(path) and part in ('train', 'test') and is_class(label):
+                    found.append(_File(part, label, member.name, content(tar, member)))
+        yield from sorted(found, key=lambda file: file.name)
     else:
         raise ValueError(f'{str(root)!r} (data.root) is neither a folder nor a tar file.')
 
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
-
-
-class _Member(tarfile.TarInfo):
-    """tarfile stops at a damaged header, and at the end of the file, as at the mark for the archive's end."""
-
-    end: tarfile.HeaderError | None = None
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> '_Member':
-        try:
-            return super().fromtarfile(tarfile_)  # type: ignore[return-value]
-        except tarfile.HeaderError as error:
-            cls.end = error
-            raise
-
-
-def _members(root: Path) -> list[_File]:
-    """The images of a tar, in one sequential read: seeking in a compressed tar starts it over.
-
-    Raises:
-        ValueError: It is no tar, damaged, or cut: what Python's tarfile takes for its end.
-    """
-    files = []
-    try:
-        with tarfile.open(root, tarinfo=_Member) as tar:
-            for member in tar:
-                path = Path(member.name)
-                part, label = path.parent.parent.name, path.parent.name
-                if not _is_image(path) or part not in ('train', 'test') or not is_class(label):
-                    continue
-                files.append(_File(part, label, member.name, _content(tar, member)))
-        if not isinstance(_Member.end, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-            raise ValueError(f'{str(root)!r} (data.root) is cut or damaged after {len(files)} images: copy it again.')
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f'{str(root)!r} (data.root) is no whole tar file: {error}. Copy it again.') from error
-    return files
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
-    if member.size > LARGEST_FILE:
-        return f'it has {member.size / 2**20:.0f} MiB'
-    try:
-        content = tar.extractfile(member)
-    except (KeyError, RecursionError):
-        return f'it is a link to {member.linkname!r}, which is not in the archive'
-    return content.read(LARGEST_FILE) if content else 'not a regular file'
 
 
 class TensorLoader:

@@ -12,18 +12,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 from timm.data import create_dataset, create_transform, resolve_model_data_config
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.decode import is_class, to_mode
 from timm_batchout.data.images import Images, Split, laid_out
+from timm_batchout.data.tars import whole_tar
 from timm_batchout.pixels import normalization
 
 __all__ = ['TimmLoader', 'TimmSplit', 'input_cfg', 'load_timm_splits']
 
 CONSECUTIVE_BROKEN = 10  # so many in a row are no accident
+# What reading an image raises: its decoders, and links in a tar that lead nowhere.
+BROKEN = (RuntimeError, OSError, SyntaxError, KeyError, RecursionError, DecompressionBombError)
 Sample = tuple[np.ndarray, int, str]  # uint8 (C, H, W), label, why it could not be read
 
 
@@ -103,6 +108,10 @@ class TimmSplit:
             root, options['search_split'] = str(folder), False
             if self.class_to_idx:
                 options['class_map'] = self.class_to_idx
+            if folder.is_file():
+                with whole_tar(folder) as tar:
+                    for _ in tar:
+                        pass
         try:
             dataset: Any = create_dataset(
                 config.dataset,
@@ -373,6 +382,7 @@ class IndexedImages(Dataset):
         self.dataset, self.transform, self.seed, self.replace_broken = dataset, transform, seed, replace_broken
         dataset._max_retries = 1  # timm would put another image in its place, and not say so to the caller
         self.mode = getattr(dataset, 'input_img_mode', None) or ''
+        self.in_folder = isinstance(getattr(dataset, 'reader', None), ReaderImageFolder)
         dataset.input_img_mode = ''  # timm's conversion would clip 16-bit greyscale
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -380,9 +390,9 @@ class IndexedImages(Dataset):
         broken = ''
         for step in range(CONSECUTIVE_BROKEN):
             try:
-                image, label = self.dataset[(index + step) % len(self.dataset)]
+                image, label = self._read((index + step) % len(self.dataset))
                 image = to_mode(image, self.mode)
-            except (RuntimeError, OSError, SyntaxError) as error:  # timm's ImageDataset; torchvision's
+            except BROKEN as error:  # timm's ImageDataset; torchvision's
                 broken = broken or f'Image {self._filename(index)} cannot be read ({error})'
                 if self.replace_broken:
                     continue
@@ -392,6 +402,11 @@ class IndexedImages(Dataset):
             with drawn_from(self.seed, epoch, index):
                 return self.transform(image), label, broken
         raise ValueError(f'{broken}, nor can the {CONSECUTIVE_BROKEN - 1} after it.')
+
+    def _read(self, index: int) -> tuple[Any, int]:
+        if self.in_folder and not Path(self.dataset.filename(index, absolute=True)).is_file():
+            raise OSError('not a regular file')  # a pipe would block for ever
+        return self.dataset[index]
 
     def _filename(self, index: int) -> str:
         return str(self.dataset.filename(index)) if hasattr(self.dataset, 'filename') else str(index)

@@ -4,32 +4,28 @@ import hashlib
 import html
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from timm_batchout.robustness.report import Report, Score
 from timm_batchout.robustness.tables import attack_title, compare, describe, title
 from timm_batchout.text import format_radius
 
-__all__ = ['CARD_HASH', 'Entry', 'card_hash', 'make_card', 'summary', 'with_own_section']
+__all__ = ['CARD_HASH', 'Entry', 'card_hash', 'make_card', 'summary', 'templates', 'with_own_section']
 
 DATASETS = {'MNIST': 'ylecun/mnist', 'CIFAR-10': 'uoft-cs/cifar10'}  # on the Hub, by the first word of our data label
-CITATION = """@inproceedings{subramanya2018batchout,
-  title={BatchOut: Batch-level feature augmentation to improve robustness to adversarial examples},
-  author={Subramanya, Akshayvarun and Mopuri, Konda Reddy and Babu, R. Venkatesh},
-  booktitle={ICVGIP},
-  year={2018}
-}"""
 CARD_HASH = 'card_sha256'  # in config.json: what the card was when it was written
 OWN_SECTION = ('<!-- Your own text: it is kept. -->', '<!-- End of your own text. -->')
 LICENSES = {  # that the Hub's list knows; others are 'other' there, by name
     'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'gpl-3.0', 'lgpl-3.0', 'agpl-3.0', 'mpl-2.0', 'unlicense',
     'openrail', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'unknown',
 }  # fmt: skip
+VERSIONS = ('python', 'timm-batchout', 'torch', 'timm')  # of the evaluation
 JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of the bundled CIFAR-10 weights
 
 
@@ -106,26 +102,52 @@ def make_card(entry: Entry) -> ModelCard:
         pipeline_tag='image-classification',
         eval_results=eval_results(raw.report),
     )
-    sections = [
-        f'# {entry.name}',
-        f'**{summary(entry.report)}**',
-        _what(entry),
-        '## Robustness',
-        _robustness(entry),
-        '![Accuracy over the strength of each attack](curves.svg)' if entry.has_curves else '',
-        '## How to load it',
-        _loading(entry),
-        '## Training',
-        _training(entry),
-        '## Intended use and limits',
-        _limits(entry),
-        f'{OWN_SECTION[0]}\n\n{OWN_SECTION[1]}',
-        '## Files and versions',
-        _files(entry),
-        '## Citation',
-        f'```bibtex\n{CITATION}\n```',
-    ]
-    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n')
+    report, twin, run = entry.report, entry.twin, entry.run
+    text = (
+        templates()
+        .get_template('card.md.j2')
+        .render(
+            card_data=data.to_yaml(),
+            name=entry.name,
+            repo=entry.repo,
+            summary=summary(report),
+            architecture=entry.architecture,
+            plain_architecture=entry.architecture.removeprefix('batchout_') if entry.batchout else '',
+            needs_package=entry.needs_package,
+            method=_method(entry),
+            report=report,
+            preprocessing=report.preprocessing,
+            twin=twin,
+            table=compare(
+                [report, *([twin] if twin else [])], ['this model', 'without defence'][: 1 + bool(twin)], True
+            ),
+            widest=max(50 * (score.interval[1] - score.interval[0]) for score in report.scores),
+            crafted=_crafted(entry),
+            audit=report.audit if report.audit and report.audit.pgd else None,
+            curves=entry.has_curves,
+            run=run,
+            train_share=f'{1 - entry.recipe["data"].get("val_fraction", 0):.0%}' if 'data' in entry.recipe else '',
+            jpeg=report.data == JPEG,
+            recipe=yaml.safe_dump(entry.recipe, sort_keys=False).rstrip(),
+            own_section=OWN_SECTION,
+            sha256=entry.sha256,
+            versions=', '.join(f'{name} {report.environment[name]}' for name in VERSIONS if name in report.environment),
+        )
+    )
+    return ModelCard(text)
+
+
+def templates() -> Environment:
+    """Jinja's, of the files in this folder; pages are escaped, Markdown is not."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    escaped = select_autoescape(['html.j2'])
+    environment = Environment(
+        loader=loader, autoescape=escaped, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters['radius'] = format_radius
+    environment.filters['json'] = json.dumps
+    environment.filters['short'] = lambda values: [round(value, 4) for value in values]
+    return environment
 
 
 def license_fields(entry: Entry) -> dict[str, Any]:
@@ -257,14 +279,14 @@ def summary(report: Report) -> str:
     return f'Accuracy: {shown} (n = {first[0].n}); {clean}. Gradient masking: {verdict}'
 
 
-def _what(entry: Entry) -> str:
+def _method(entry: Entry) -> str:
     methods = [_batchout(entry.recipe.get('model_args', {}))] if entry.batchout else []
     objective = entry.recipe.get('objective', {})
     if objective.get('name', 'plain') != 'plain':
         methods.append(_adversarial_training(objective))
     if not methods:
         methods.append('plain training' if entry.run else 'not recorded')
-    return f'`{entry.architecture}`, trained on {entry.report.data}. Method: {"; together with ".join(methods)}.'
+    return '; together with '.join(methods)
 
 
 OBJECTIVES = {
@@ -296,39 +318,6 @@ def _batchout(options: dict[str, Any]) -> str:
     return f'{method}. The weights are those of a plain net; at test time nothing is added'
 
 
-def _robustness(entry: Entry) -> str:
-    report, twin = entry.report, entry.twin
-    reports = [report, twin] if twin else [report]
-    bold = ' Bold: the better one, where gradients can be trusted and both were attacked alike.' if twin else ''
-    lines = [
-        compare(reports, ['this model', 'without defence'][: len(reports)], first_only=True),
-        '',
-        'An image counts as right if it is right before the attack and after it. The images are drawn at random from '
-        f'the test set; with n of them, 95% intervals (Wilson) are up to ±{_widest(report.scores):.1f} points wide on '
-        f'either side for the smallest n here. Radii and distances are in [0, 1] pixels.{bold}',
-    ]
-    if crafted := _crafted(entry):
-        lines += ['', crafted]
-    if report.audit and report.audit.pgd:
-        audit = report.audit
-        pgd = ', '.join(f'{100 * share:.1f}% ({loss})' for loss, share in audit.pgd.items())
-        queries = (
-            f' Of {audit.left} images that PGD leaves right on all losses, {audit.queries} queries without gradients '
-            f'fool {audit.taken}.'
-            if audit.queries
-            else ''
-        )
-        free = ', '.join(f'{100 * share:.1f}%' for share in audit.unbounded.values())
-        lines += [
-            '',
-            f'What the audit for gradient masking measured: of {audit.n} images classified right, '
-            f'{audit.zero_gradients:.1%} have an input gradient of exactly zero. PGD at radius '
-            f'{format_radius(audit.radius)} leaves right, by its loss: {pgd}; without a bound: {free}. The logits have '
-            f'a standard deviation of {audit.logit_std:.1f}.{queries}',
-        ]
-    return '\n'.join(lines)
-
-
 def _crafted(entry: Entry) -> str:
     """On which net the images of 'transfer' were made; '' if it was not run."""
     crafted = []
@@ -338,84 +327,3 @@ def _crafted(entry: Entry) -> str:
             net = f'`{entry.nets[source]}`' if source in entry.nets else f'weights with the hash {source[:12]}...'
             crafted.append(f'those against {whose} were crafted on {net}')
     return f"'{attack_title('transfer')}' takes images of another net: {', '.join(crafted)}." if crafted else ''
-
-
-def _widest(scores: Sequence[Score]) -> float:
-    return max(50 * (score.interval[1] - score.interval[0]) for score in scores)
-
-
-def _loading(entry: Entry) -> str:
-    load = f"model = timm.create_model('hf-hub:{entry.repo}', pretrained=True).eval()"
-    if entry.needs_package:
-        text = f'```python\nimport timm, timm_batchout  # pip install timm-batchout\n\n{load}\n```\n\n'
-        if entry.batchout:
-            plain = entry.architecture.removeprefix('batchout_')
-            text += f'The state_dict is that of the plain `{plain}`; BatchOut adds no parameters. '
-        text += 'Without the package, `safetensors.torch.load_file("model.safetensors")` gives the tensors.'
-    else:
-        text = (
-            f'```python\nimport timm  # plain timm loads it\n\n{load}\n```\n\n'
-            f'To train it further with BatchOut: `import timm_batchout` and '
-            f"`timm.create_model('batchout_{entry.architecture}', checkpoint_path=...)`."
-        )
-    size = entry.report.preprocessing
-    return (
-        f'{text}\n\nInput: {size["input_size"]} floats in [0, 1], normalised by mean {_short(size["mean"])} and std '
-        f'{_short(size["std"])}. Output: logits.'
-    )
-
-
-def _short(values: Sequence[float]) -> list[float]:
-    return [round(value, 4) for value in values]
-
-
-def _training(entry: Entry) -> str:
-    if not entry.run:
-        return 'The training run was not recorded.'
-    recipe = entry.recipe
-    lines = [f'Data: {entry.report.data}.']
-    if 'data' in recipe:
-        share = 1 - recipe['data'].get('val_fraction', 0)
-        lines.append(f'{share:.0%} of its training set; the rest was held out for validation.')
-    if entry.report.data == JPEG:
-        lines.append(
-            '**The images are a copy of the data set that went through JPEG compression (quality 75), not the original '
-            'files: accuracies differ a little from those on the originals.**'
-        )
-    lines.append(f'Seed {entry.run.get("seed", 0)}.')
-    if 'seconds' in entry.run:
-        where = entry.run['environment']
-        lines.append(f'It took {entry.run["seconds"] / 60:.0f} minutes on {where["hardware"]}.')
-    return (
-        f'{" ".join(lines)}\n\n'
-        '```bash\ntimm-batchout train --config recipe.yaml --data.root DATA --output RUN\n```\n\n'
-        '<details><summary>recipe.yaml</summary>\n\n'
-        f'```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n\n</details>'
-    )
-
-
-def _limits(entry: Entry) -> str:
-    return (
-        'For research on robustness, and as a baseline. It is not a defence to rely on: no guarantee stands behind any '
-        'number here, attacks get better, and accuracy under an attack that was not run may be lower. Accuracy under '
-        'FGSM alone says little. Images unlike those of the training set (other sources, sizes, classes) were not '
-        'examined.'
-    )
-
-
-def _files(entry: Entry) -> str:
-    names = ('python', 'timm-batchout', 'torch', 'timm')
-    versions = ', '.join(
-        f'{name} {entry.report.environment[name]}' for name in names if name in entry.report.environment
-    )
-    settings = '\n'.join(f'{name}: {json.dumps(values)}' for name, values in entry.report.settings.items())
-    checked = '; the package checks it whenever it loads the weights' if entry.needs_package else ''
-    lines = [
-        f'`model.safetensors` has the sha256 `{entry.sha256}`{checked}. All scores are in results.json.',
-        '',
-        f'Evaluated with {versions} on {entry.report.environment.get("hardware", "?")}, batch size '
-        f'{entry.report.batch_size}, seed {entry.report.seed}.',
-    ]
-    if settings:
-        lines += ['', 'Settings of the attacks:', '', f'```yaml\n{settings}\n```']
-    return '\n'.join(lines)

@@ -12,7 +12,6 @@ import timm
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
@@ -24,6 +23,7 @@ from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.harness import weights_sha256
 from timm_batchout.robustness.plots import draw_curves
 from timm_batchout.robustness.report import Report
+from timm_batchout.training.run_folder import as_safetensors
 from timm_batchout.zoo.pretrained import FOLDER, NAMESPACE, WEIGHTS, bundled_cards
 
 __all__ = ['Staged', 'bundled', 'publish', 'push', 'stage']
@@ -96,9 +96,7 @@ def publish(
     result = json.loads((Path(run) / 'result.json').read_text()) if run else {}
     with TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
-        save_file(
-            {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}, weights
-        )
+        weights.write_bytes(as_safetensors(model.state_dict()))
         staged = stage_net(model, weights, report, result, Path(cards), repo, twin, license=license)
         return [] if dry_run else push(staged, private)
 

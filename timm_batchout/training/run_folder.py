@@ -20,7 +20,7 @@ from timm_batchout.provenance import free_space, write_atomically
 from timm_batchout.training.checkpoints import CHECKPOINTS, newest_checkpoint
 from timm_batchout.training.config import TrainConfig
 
-__all__ = ['MARK', 'RECIPE', 'RunFolder', 'recipe_changes']
+__all__ = ['MARK', 'RECIPE', 'RunFolder', 'as_safetensors', 'recipe_changes']
 
 MARK = '.timm-batchout-run'
 RECIPE = 'config.yaml'
@@ -106,9 +106,7 @@ class RunFolder:
         Raises:
             RuntimeError: It could not be written; the earlier file is intact.
         """
-        # Copies: safetensors refuses tensors that share memory, as those of modules that a net uses twice do.
-        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
-        content = save(tensors, metadata={'format': 'pt'})  # save_file would make a file that only its owner can read
+        content = as_safetensors(state_dict)  # save_file would make a file that only its owner can read
         path = self.path / name
         try:
             write_atomically(path, content)
@@ -119,6 +117,13 @@ class RunFolder:
                 f'{f" from {checkpoint}" if checkpoint else ""}.'
             ) from error
         return hashlib.sha256(content).hexdigest()
+
+
+def as_safetensors(state_dict: Mapping[str, Tensor]) -> bytes:
+    """A state_dict as the content of a safetensors file."""
+    # Copies: safetensors refuses tensors that share memory, as those of modules that a net uses twice do.
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+    return save(tensors, metadata={'format': 'pt'})
 
 
 def _checkpoints(path: Path) -> list[Path]:

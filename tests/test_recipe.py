@@ -10,7 +10,12 @@ from timm_batchout.training.config import ObjectiveConfig, TrainConfig
 
 def test_unknown_key_in_a_recipe_names_the_nearest(tmp_path, capsys):
     recipe = tmp_path / 'recipe.yaml'
-    for text, nearest in (('modle: mnist_cnn', 'model'), ('data: {roots: x}', 'data.root'), ('epoch: 3', 'epochs')):
+    for text, nearest in (
+        ('modle: mnist_cnn', 'model'),
+        ('data: {roots: x}', 'data.root'),
+        ('data: {nme: digits}', 'data.name'),
+        ('epoch: 3', 'epochs'),
+    ):
         recipe.write_text(text)
         assert main(['train', '--config', str(recipe)]) == 2
         assert f'Did you mean {nearest!r}?' in capsys.readouterr().err
@@ -119,3 +124,6 @@ def test_files_that_are_no_recipe(tmp_path, capsys, write, message):
 def test_a_name_that_no_file_can_have():
     with pytest.raises(ValueError, match='no file name'):
         parse(TrainConfig, ['--config', 'a\0b'])
+    for name in ('output', 'data.root'):
+        with pytest.raises(ValueError, match=f'{name} holds a NUL character'):
+            parse(TrainConfig, [f'--{name}', 'a\0b'])

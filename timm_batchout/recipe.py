@@ -7,7 +7,7 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,7 +77,18 @@ def _checked(config_class: type[Config], read: Any) -> Config:
         if is_dataclass(field.type) and parsed[field.name] is None:
             raise ValueError(f'{field.name} is empty (null): give it its keys, or leave it out.')
     values = vars(getattr(parser, 'instantiate', parser.instantiate_classes)(parsed))
-    return config_class(**{key: value for key, value in values.items() if key != 'config'})
+    config = config_class(**{key: value for key, value in values.items() if key != 'config'})
+    _check_text(asdict(config))  # type: ignore[call-overload]
+    return config
+
+
+def _check_text(values: Mapping[str, Any], prefix: str = '') -> None:
+    """Raise ValueError for a character that no file name can hold: it would fail only when a file is opened."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_text(value, f'{prefix}{name}.')
+        elif isinstance(value, str) and '\0' in value:
+            raise ValueError(f'{prefix}{name} holds a NUL character: {value!r}.')
 
 
 def _named(config_class: Any, words: list[str]) -> list[str]:

@@ -307,3 +307,11 @@ def test_the_cards_in_the_repository_are_those_of_the_bundled_weights(tmp_path, 
     write_gallery(tmp_path)
     for file in ('README.md', 'index.html'):
         assert (tmp_path / file).read_text() == (SITE / file).read_text()
+
+
+def test_names_with_markup_break_neither_figures_nor_tables(tmp_path):
+    odd = [report('a $x_ | b'), report('c $y$')]
+    draw_curves(odd, tmp_path / 'curves.svg')
+    assert '<!-- a $x_ | b -->' in (tmp_path / 'curves.svg').read_text(), 'drawn as text'
+    lines = compare(odd).splitlines()
+    assert len({re.sub(r'\\\|', '', line).count('|') for line in lines}) == 1

@@ -175,6 +175,33 @@ print(*data['input_size'], *data['mean'], *data['std'])
     assert done.stdout == 'ResNet 0\n3 32 32 0.3 0.4 0.5 0.2 0.2 0.2\n', done.stderr  # as it was evaluated
 
 
+def test_words_that_were_written_on_the_hub_are_kept_and_edits_elsewhere_are_refused(hub, tmp_path):
+    name = 'mnist_cnn.baseline_mnist'
+    report = REPORTS / f'{name}.json'
+    command = ['publish', name, '--report', report, '--cards', tmp_path / 'cards', '--repo', 'alice/net']
+    code = f"""
+from timm_batchout.cli.main import main
+from timm_batchout.hub.card import OWN_SECTION
+from huggingface_hub import HfApi, hf_hub_download
+api, command = HfApi(), {[str(word) for word in command]!r}
+def card():
+    return Path(hf_hub_download('alice/net', 'README.md')).read_text()
+def edit(before, after):
+    text = card()
+    assert before in text
+    api.upload_file(path_or_fileobj=text.replace(before, after).encode(), path_in_repo='README.md', repo_id='alice/net')
+main(command)
+edit(OWN_SECTION[0], OWN_SECTION[0] + '\\n\\nTrained on a boat.')
+print('again', main(command), 'boat' in card())
+edit('## Robustness', '## Robustness, as I see it')
+print('edited', main(command), 'as I see it' in card())
+"""
+    output = python(code, hub, tmp_path / 'a', 'hf_owner')
+    assert 'again 0 True' in output and 'edited 2 True' in output
+    assert 'error: README.md of alice/net was edited outside its own section' in output
+    assert 'Trained on a boat.' in (tmp_path / 'cards' / 'net' / 'README.md').read_text()
+
+
 def test_pushing_against_the_wind(hub, tmp_path):
     """No token, a bad one, one that may not write; others who push meanwhile; a connection that breaks."""
     name = 'mnist_cnn.baseline_mnist'

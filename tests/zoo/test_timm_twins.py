@@ -27,6 +27,7 @@ from timm_batchout.sites import ImageCount
 from timm_batchout.zoo.timm_twins import check_model_name, depth_scaled_eta
 
 TWINS = Path(__file__).parents[2] / 'recipes' / 'twins'
+QUICK = 25  # seconds in the survey, on a busy core; families above are examined by the slow tests
 spec = importlib.util.spec_from_file_location('survey', TWINS / 'survey.py')
 survey = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(survey)
@@ -42,7 +43,14 @@ def one_of_each_family():
     chosen = survey.representatives(known)
     for arch, family in survey.architectures().items():
         chosen.setdefault(family, arch)  # a family that timm has added since the walk
-    return [(arch, known[arch]['input'][-1] if arch in known else None) for arch in chosen.values()]
+    return [
+        pytest.param(
+            arch,
+            known[arch]['input'][-1] if arch in known else None,
+            marks=[pytest.mark.slow] if known.get(arch, {}).get('seconds', 0) > QUICK else [],
+        )
+        for arch in chosen.values()
+    ]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ class EvaluateConfig:
         output: Write the report to this JSON file.
         expect: An earlier report of these weights: show where this one differs, and exit with 1 if it does.
         figure: Draw accuracy over the radius to this file (.svg, .png).
-        resume: Go on where an evaluation with the same settings was broken off; false: measure all of it again.
+        resume: Continue an interrupted evaluation with the same settings; false: measure all of it again.
     """
 
     model: str

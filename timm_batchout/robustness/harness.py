@@ -57,8 +57,8 @@ def evaluate(
 ) -> Report:
     """Accuracy of a model, clean and under each attack; robust means right before and right after.
 
-    Chunks of images are attacked one by one, each with a seed of its own, so that a broken-off run goes on where it was
-    and several processes share the work, to the same numbers.
+    Images are attacked in chunks, each with a seed of its own: an interrupted run continues where it stopped, several
+    processes share the work, and the numbers stay the same.
 
     Args:
         model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Left in the mode
@@ -204,6 +204,13 @@ def _read(images: Images, part: slice, classes: int, device: torch.device) -> tu
     x, y = images.read(part)
     if not len(x):
         raise ValueError(f'None of the images {part.start} to {part.stop} can be read.')
+    _check_batch(x, y, classes)
+    pixels = x.to(device).contiguous().float()
+    return pixels / 255 if x.dtype == torch.uint8 else pixels, y.to(device).long()
+
+
+def _check_batch(x: Tensor, y: Tensor, classes: int) -> None:
+    """Raise ValueError unless these are images and class numbers; the latter below ``classes``, if that is known."""
     _check_labels(y)
     if x.dtype != torch.uint8 and not x.is_floating_point():
         raise ValueError(f'Images must be uint8, or floating in [0, 1], got {x.dtype}: images.to(torch.uint8)?')
@@ -213,8 +220,6 @@ def _read(images: Images, part: slice, classes: int, device: torch.device) -> tu
         raise ValueError(
             f'Labels must lie in [0, {classes}), the classes of the model; got [{int(y.min())}, {int(y.max())}].'
         )
-    pixels = x.to(device).contiguous().float()
-    return pixels / 255 if x.dtype == torch.uint8 else pixels, y.to(device).long()
 
 
 def _check_labels(labels: Tensor) -> None:
@@ -227,8 +232,8 @@ def check_input(model: PixelModel, images: Images) -> tuple[int, torch.Size]:
 
     Images in memory are looked at as a whole, others at their beginning and then as they are read.
     """
-    everything = slice(0, len(images) if isinstance(images, Split) else 2)
-    x, _ = _read(images, everything, 0, model.mean.device)
+    x, y = images.read(slice(0, len(images) if isinstance(images, Split) else 2))
+    _check_batch(x, y, 0)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if dtypes:
         raise ValueError(f'The weights are {dtypes.pop()}; attacks are reported in float32: evaluate model.float().')
@@ -239,14 +244,15 @@ def check_input(model: PixelModel, images: Images) -> tuple[int, torch.Size]:
         )
     with torch.no_grad(), seeded(0):
         try:
-            logits = model(x[:2])
+            first, _ = _read(images, slice(0, 2), 0, model.mean.device)
+            logits = model(first)
         except AttributeError as error:
             raise ValueError(f'The model must return a tensor of logits (B, classes): {error}.') from error
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f'The model must return logits (B, classes) of two classes or more, got {list(logits.shape)}.')
     if not torch.isfinite(logits).all():
         raise ValueError(f'The logits are NaN or infinite: {REMEDY}')
-    _read(images, everything, logits.shape[1], model.mean.device)
+    _check_batch(x, y, logits.shape[1])
     return logits.shape[1], x.shape[1:]
 
 

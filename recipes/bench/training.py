@@ -115,20 +115,20 @@ def _wait(device: str) -> None:
 def bookkeeping(folder: Path, model: str, batch: int) -> dict[str, float]:
     """Seconds that one checkpoint and one record take, in a run of one epoch."""
     from timm_batchout.cli.main import main
-    from timm_batchout.training.trainer import Run
+    from timm_batchout.training.trainer import Trainer
 
     spent: dict[str, float] = {}
 
     def timed(name: str) -> None:
-        method = getattr(Run, name)
+        method = getattr(Trainer, name)
 
-        def wrapper(self: Run, *args: Any) -> Any:
+        def wrapper(self: Trainer, *args: Any) -> Any:
             started = time.perf_counter()
             result = method(self, *args)
             spent[name.strip('_')] = time.perf_counter() - started
             return result
 
-        setattr(Run, name, wrapper)
+        setattr(Trainer, name, wrapper)
 
     timed('_save')
     timed('_report')

@@ -22,7 +22,8 @@ from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.memory import load_data
 from timm_batchout.training.checkpoints import newest_checkpoint, restore_checkpoint
 from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
-from timm_batchout.training.trainer import Run
+from timm_batchout.training.parts import make_trainer
+from timm_batchout.training.trainer import Trainer
 from timm_batchout.training.validate import _all
 
 # Everything that has a state: BatchOut and dropout draws, moving average, accumulated gradients, warm-ups, schedule.
@@ -331,7 +332,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(tmp_path, alone, killed, dama
 
 
 def test_a_run_that_never_saved_leaves_a_folder_to_start_in(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Run, '_step', lambda *args: (_ for _ in ()).throw(RuntimeError('broken')))
+    monkeypatch.setattr(Trainer, '_step', lambda *args: (_ for _ in ()).throw(RuntimeError('broken')))
     assert main(arguments(tmp_path, tmp_path / 'run')) == 2
     assert (tmp_path / 'run' / 'config.yaml').exists()
     monkeypatch.undo()
@@ -408,7 +409,9 @@ def test_compiled_training_takes_the_same_steps(tmp_path, alone, backend):
 def prepared(**changes):
     data = DataConfig('digits')
     config = TrainConfig(output='unused', data=data, batch_size=32, **changes)
-    return Run(config, timm.create_model('batchout_mnist_cnn', eta=0.3), load_data(data), Accelerator(cpu=True))
+    return make_trainer(
+        config, timm.create_model('batchout_mnist_cnn', eta=0.3), load_data(data), Accelerator(cpu=True)
+    )
 
 
 def test_eta_warms_up_from_nothing():

@@ -24,9 +24,9 @@ PROGRAM = """
 import hashlib, os, signal, sys, time
 from pathlib import Path
 from timm_batchout.cli.main import main
-from timm_batchout.training.trainer import Run
+from timm_batchout.training.trainer import Trainer
 
-notes, rank, finish, step = Path(sys.argv[1]), os.environ['RANK'], Run.finish, Run._step
+notes, rank, finish, step = Path(sys.argv[1]), os.environ['RANK'], Trainer.finish, Trainer._step
 
 def note_and_finish(run):
     weights = b''.join(p.detach().numpy().tobytes() for p in run.weights.parameters())
@@ -42,7 +42,7 @@ def step_or_die(run, images, labels):
         (notes / 'back').write_text(f'{run.forwards} {time.time() - (notes / "died").stat().st_ctime}')
     step(run, images, labels)
 
-Run.finish, Run._step = note_and_finish, step_or_die
+Trainer.finish, Trainer._step = note_and_finish, step_or_die
 sys.exit(main(sys.argv[2:]))
 """
 

@@ -24,7 +24,7 @@ from timm_batchout.pixels import fgsm, normalization
 from timm_batchout.recipe import parse, read_recipe
 from timm_batchout.robustness.report import Report
 from timm_batchout.training.config import ObjectiveConfig, TrainConfig
-from timm_batchout.training.objectives import make_objective
+from timm_batchout.training.objectives import Objective
 from timm_batchout.training.run_folder import RunFolder
 
 PGD = ['--objective.name', 'pgd', '--objective.epsilon']
@@ -181,7 +181,7 @@ def test_fgsm_training_sees_half_a_batch_of_attacks_on_the_eval_mode_net():
     torch.manual_seed(0)
     net = Spy()
     images, labels = torch.rand(8, 4), torch.randint(3, (8,))
-    loss = make_objective(ObjectiveConfig('fgsm', 0.1))(net, images, labels)
+    loss = Objective(ObjectiveConfig('fgsm', 0.1))(net, images, labels)
     (attack_mode, _), (loss_mode, batch) = seen
     assert (attack_mode, loss_mode, net.training) == (False, True, True)
     assert torch.equal(batch[4:], images[4:])

@@ -26,6 +26,7 @@ REPEATABLE = 0.99
 OVERFITTED = 2.5  # FGSM leaves half right at this multiple of the radius where PGD does; honest nets: up to 1
 NO_GRADIENT = 0.05  # share of the images; honest nets with large logits: 0.04
 SMOOTH = 0.1  # cosine; honest nets: 0.85 and more, and 0.25 beyond the training radius of an adversarially trained one
+OTHER_LOSS = 0.15  # share of the images; label smoothing without masking: up to 0.1
 QUERIED = 0.08  # share of the images that gradients leave: up to 0.06 on honest nets
 ENOUGH_LEFT = 0.2
 LOSSES = ('cross-entropy', 'scale-free', 'margin')
@@ -160,7 +161,7 @@ def _of_losses(by_loss: Mapping[str, Tensor], transferred: Tensor | None) -> lis
     usual = by_loss[LOSSES[0]]
     best = min(by_loss, key=lambda loss: _share(by_loss[loss]))
     found = []
-    if more(usual, by_loss[best]):
+    if _share(usual) - _share(by_loss[best]) > OTHER_LOSS and more(usual, by_loss[best]):
         found.append(
             f'PGD on the cross-entropy leaves {_share(usual):.0%} right, on the {best} loss {_share(by_loss[best]):.0%}'
         )

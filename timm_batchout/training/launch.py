@@ -35,8 +35,9 @@ from timm_batchout.pixels import PixelModel, seeded
 from timm_batchout.recipe import configure
 from timm_batchout.training.checkpoints import restore_checkpoint
 from timm_batchout.training.config import TrainConfig
+from timm_batchout.training.parts import make_trainer
 from timm_batchout.training.run_folder import RunFolder, recipe_changes
-from timm_batchout.training.trainer import Interrupted, Run, stop_signals
+from timm_batchout.training.trainer import Interrupted, stop_signals
 from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['Interrupted', 'recipe_changes', 'train']
@@ -84,18 +85,18 @@ def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **
         raise ValueError(f'batch_size={config.batch_size} is larger than the training set ({len(splits[0])} images).')
     if config.dry_run:
         return _describe(config, model, splits[0])
-    run = Run(config, model, splits, accelerator)
-    with _claimed(run.folder, config, accelerator) as checkpoint:
+    trainer = make_trainer(config, model, splits, accelerator)
+    with _claimed(trainer.folder, config, accelerator) as checkpoint:
         if checkpoint:
-            restore_checkpoint(accelerator, checkpoint, run.progress, run.ema)
+            restore_checkpoint(accelerator, checkpoint, trainer.progress, trainer.ema)
         if accelerator.is_main_process:
-            run.folder.start(replace(config, resume=False, allow_changes=False))
+            trainer.folder.start(replace(config, resume=False, allow_changes=False))
         if config.trackers:
             accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
-        with stop_signals(run):
-            while run.progress.epoch < config.epochs and not run.overfits():
-                run.train_epoch()
-        result = run.finish()
+        with stop_signals(trainer):
+            while trainer.progress.epoch < config.epochs and not trainer.overfits():
+                trainer.train_epoch()
+        result = trainer.finish()
         accelerator.end_training()
     return result
 

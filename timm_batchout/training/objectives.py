@@ -16,7 +16,7 @@ from timm_batchout.layer import BatchOut
 from timm_batchout.pixels import fgsm
 from timm_batchout.training.config import ObjectiveConfig
 
-__all__ = ['Objective', 'make_objective', 'perturb']
+__all__ = ['Objective', 'perturb', 'robust_correct']
 
 Loss = Callable[[Tensor], Tensor]  # images to a sum over images
 
@@ -195,10 +195,6 @@ class Objective:
 def _kl(attacked: Tensor, clean: Tensor) -> Tensor:
     """Kullback-Leibler divergence from the clean to the attacked predictions, summed over images (TRADES, Eq. 5)."""
     return F.kl_div(F.log_softmax(attacked, 1), F.log_softmax(clean, 1), reduction='sum', log_target=True)
-
-
-def make_objective(config: ObjectiveConfig, layers: Sequence[BatchOut] = ()) -> Objective:
-    return Objective(config, layers)
 
 
 def robust_correct(

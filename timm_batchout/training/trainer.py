@@ -5,30 +5,27 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import timm.optim
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_batchout.data.images import Split
 from timm_batchout.data.memory import TensorLoader, data_label
-from timm_batchout.data.workers import TimmLoader, TimmSplit, input_cfg
-from timm_batchout.inject import batchout_sites
+from timm_batchout.data.workers import TimmLoader
 from timm_batchout.pixels import PixelModel, seeded
 from timm_batchout.provenance import environment
 from timm_batchout.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
 from timm_batchout.training.config import TrainConfig
-from timm_batchout.training.objectives import make_objective, robust_correct
+from timm_batchout.training.objectives import Objective, robust_correct
 from timm_batchout.training.run_folder import RECIPE, RunFolder
 from timm_batchout.training.validate import score
 
-__all__ = ['Interrupted', 'Run', 'stop_signals']
+__all__ = ['Interrupted', 'Trainer', 'stop_signals']
 
 LOOK_EVERY = 20  # forwards between two looks at the losses; at most so many updates between two at others' stop signals
 LOOK_SECONDS = 5  # between the latter
@@ -38,80 +35,52 @@ class Interrupted(Exception):
     """SIGTERM or SIGINT ended a run early; it was saved, and the message says how to go on."""
 
 
-class Run:
-    """A model in training, and all that goes with it from step to step."""
+@dataclass
+class Trainer:
+    """A model in training, from step to step; ``parts.make_trainer`` builds it from a recipe.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: nn.Module,
-        splits: tuple[Split, ...] | tuple[TimmSplit, ...],
-        accelerator: Accelerator,
-    ):
-        self.config = config
-        self.accelerator = accelerator
-        self.folder = RunFolder(config.output)
+    Args:
+        config: The recipe.
+        accelerator: Devices and processes.
+        folder: Where the run is written.
+        model: Prepared by the accelerator.
+        ema: Moving average of its weights, if there is one.
+        cfg: The model's input: mean, std, size.
+        objective: A batch becomes a loss.
+        optimizer: Prepared by the accelerator.
+        schedule: timm's, of the learning rate.
+        loader, val_loader, test_loader: This process's share of the images.
+        mixup: timm's Mixup or CutMix, if asked for.
+        class_names: Of the data, by class number.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    folder: RunFolder
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    cfg: dict[str, Any]
+    objective: Objective
+    optimizer: Any
+    schedule: Any
+    loader: TensorLoader | TimmLoader
+    val_loader: TensorLoader | TimmLoader
+    test_loader: TensorLoader | TimmLoader
+    mixup: Mixup | None
+    class_names: list[str]
+
+    def __post_init__(self) -> None:
+        accelerator, config, batches = self.accelerator, self.config, len(self.loader)
         self.output = self.folder.path
-        self.objective = make_objective(config.objective, list(batchout_sites(model).values()))
-        self.cfg = input_cfg(model, config.data)
-        self.classes = int(model.num_classes)  # type: ignore[arg-type]
-        self.class_names = list(splits[0].class_names)
-        self.loader = self._loader(splits[0], config.batch_size, shuffle=True)
-        self.val_loader = self._loader(splits[1], config.eval_batch_size)
-        self.test_loader = self._loader(splits[2], config.eval_batch_size)
-        mixup, cutmix = config.augment.mixup, config.augment.cutmix
-        # The loss smooths the labels, of mixed images and of others.
-        self.mixup = Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=self.classes) if mixup or cutmix else None
-        self.updates_per_epoch = -(-len(self.loader) // config.accumulate)
-        lr = config.optimizer.lr * (accelerator.num_processes if config.optimizer.scale_lr else 1)
-        optimizer = timm.optim.create_optimizer_v2(
-            model,
-            opt=config.optimizer.name,
-            lr=lr,
-            weight_decay=config.optimizer.weight_decay,
-            momentum=config.optimizer.momentum,
-        )
-        self.schedule, _ = create_scheduler_v2(
-            optimizer,
-            config.schedule.name,
-            num_epochs=config.epochs,
-            decay_epochs=config.schedule.decay_epochs,
-            decay_rate=config.schedule.decay_rate,
-            min_lr=lr * config.schedule.min_lr,
-            warmup_lr=0.0,
-            warmup_epochs=config.schedule.warmup_epochs,  # type: ignore[arg-type]  # a float will do
-            step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch,
-        )
-        self.etas = [(layer, layer.eta) for layer in batchout_sites(model).values()]  # at full strength
-        if config.compile:
-            model.compile(backend=config.compile)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.pixel_model = PixelModel(self.model, self.cfg).to(accelerator.device)
-        # Of the prepared model: only now do all processes have the weights of the first one.
-        self.ema = (
-            ModelEmaV3(accelerator.unwrap_model(self.model), decay=config.ema_decay) if config.ema_decay else None
-        )
-        self.progress = Progress(accelerator.num_processes, len(self.loader))
-        self.losses = torch.zeros(len(self.loader), device=accelerator.device)  # of this process and epoch
+        self.etas = [(layer, layer.eta) for layer in self.objective.layers]  # at full strength
+        self.updates_per_epoch = -(-batches // config.accumulate)
+        self.progress = Progress(accelerator.num_processes, batches)
+        self.losses = torch.zeros(batches, device=accelerator.device)  # of this process and epoch
         steps = config.checkpoint.steps * config.accumulate  # between updates: no gradient is half accumulated
-        self.saved_at = range(steps, len(self.loader), steps) if steps else ()  # within each epoch
+        self.saved_at = range(steps, batches, steps) if steps else ()  # within each epoch
         self.stop_asked = False
         self.updates_to_look, self.look_every, self.looked = 1, 1, time.perf_counter()  # at the others' stop signals
-
-    def _loader(self, split: Split | TimmSplit, size: int, shuffle: bool = False) -> TensorLoader | TimmLoader:
-        options: dict[str, Any] = {
-            'device': self.accelerator.device,
-            'channels_last': self.config.channels_last,
-            'shuffle': shuffle,
-            'seed': self.config.seed,
-            'rank': self.accelerator.process_index,
-            'world_size': self.accelerator.num_processes,
-            'augment': self.config.augment,
-        }
-        if isinstance(split, TimmSplit):
-            return TimmLoader(split, size, self.cfg, self.classes, **options)
-        return TensorLoader(split, size, **options)
 
     @property
     def forwards(self) -> int:
@@ -356,11 +325,11 @@ class Run:
 
 
 @contextmanager
-def stop_signals(run: Run) -> Iterator[None]:
+def stop_signals(trainer: Trainer) -> Iterator[None]:
     """SIGTERM and SIGINT ask the run to stop after its step; a second one acts as usual."""
 
     def ask(number: int, frame: Any) -> None:
-        run.stop_asked = True
+        trainer.stop_asked = True
         signal.signal(number, before[number])
 
     before: dict[Any, Any] = {}

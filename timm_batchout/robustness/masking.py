@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_batchout.pixels import seeded
+from timm_batchout.pixels import frozen, seeded
 from timm_batchout.robustness.report import Audit, Score, Variant
 from timm_batchout.text import format_radius
 
@@ -63,7 +63,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0, sou
     constant = len(images) > 1 and bool((logits == logits[:1]).all())
     if len(right) < ENOUGH or constant:
         return Audit(n=len(right), constant=constant)
-    with seeded(seed):
+    with seeded(seed), frozen(model):
         return _measure(model, images[right], labels[right], logits[right].std().item(), seed, source)
 
 

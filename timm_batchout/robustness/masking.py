@@ -27,7 +27,7 @@ OVERFITTED = 2.5  # FGSM leaves half right at this multiple of the radius where 
 NO_GRADIENT = 0.05  # share of the images; honest nets with large logits: 0.04
 SMOOTH = 0.1  # cosine; honest nets: 0.85 and more, and 0.25 beyond the training radius of an adversarially trained one
 OTHER_LOSS = 0.15  # share of the images; label smoothing without masking: up to 0.1
-QUERIED = 0.08  # share of the images that gradients leave: up to 0.06 on honest nets
+QUERIED = 0.09  # share of the images that gradients leave; honest nets: up to 4 images, 0.087
 ENOUGH_LEFT = 0.2
 LOSSES = ('cross-entropy', 'scale-free', 'margin')
 STRONGER = (  # the first of two should leave no more right than the second
@@ -248,7 +248,7 @@ def more(a: Tensor | Sequence[int], b: Tensor | Sequence[int]) -> bool:
 
 def _too_many(taken: int, left: int) -> bool:
     """Images that queries fool after gradients did not: none to a few on honest nets."""
-    return taken >= 3 and taken > QUERIED * left
+    return taken >= 5 and taken > QUERIED * left
 
 
 def misled(loss: str, audit: Audit) -> bool:

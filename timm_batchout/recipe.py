@@ -245,7 +245,7 @@ def help_text(config_class: Any, command: str, group: str = '') -> str:
         group: Name of the nested config.
 
     Raises:
-        ValueError: There is no such group.
+        ValueError: An unknown group.
     """
     groups = {field.name: field.type for field in fields(config_class) if is_dataclass(field.type)}
     if group and group not in groups:

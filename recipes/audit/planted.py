@@ -167,7 +167,7 @@ class HashEnsemble(nn.Module):
 
 
 def partial_view(net: nn.Module, which: int, parts: int) -> nn.Module:
-    """The net sees one of so many disjoint sets of pixels."""
+    """The net, on one of ``parts`` disjoint sets of pixels."""
     part = torch.randint(parts, (1, 1, 28, 28), generator=torch.Generator().manual_seed(0))
     return Through(net, lambda x: x * (part == which))
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from timm_batchout import BatchOut, batchout_sites
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.sites import windowed_blocks
-from timm_batchout.training.run_folder import as_safetensors
+from timm_batchout.zoo.checkpoint import as_safetensors
 
 RESULT = Path(__file__).with_name('survey.json')
 IMAGES = 3  # k = 0.5 pushes the first one of three

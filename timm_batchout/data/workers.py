@@ -55,6 +55,7 @@ class TimmSplit:
     ):
         self.config, self.split, self.training = config, split, training
         self.class_to_idx = class_to_idx
+        self._check_tar()
         self.dataset = self.open()
         self.streamed = isinstance(self.dataset, IterableDataset)
         self.total = len(self.dataset)
@@ -108,10 +109,6 @@ class TimmSplit:
             root, options['search_split'] = str(folder), False
             if self.class_to_idx:
                 options['class_map'] = self.class_to_idx
-            if folder.is_file():
-                with whole_tar(folder) as tar:
-                    for _ in tar:
-                        pass
         try:
             dataset: Any = create_dataset(
                 config.dataset,
@@ -130,6 +127,13 @@ class TimmSplit:
         if folder and folder.is_dir():
             self._check_classes(folder, dataset.reader)
         return dataset
+
+    def _check_tar(self) -> None:
+        """timm takes a tar that is cut or damaged for a whole one."""
+        if self.config.dataset in ('', 'folder') and (path := self._folder()).is_file():
+            with whole_tar(path) as tar:
+                for _ in tar:
+                    pass
 
     def _check_classes(self, folder: Path, reader: Any) -> None:
         """timm passes over class folders that are empty, or that the training split has not."""

@@ -174,7 +174,7 @@ def with_own_section(card: str, earlier: str, config: dict[str, Any], where: str
 
     Args:
         card: Made from the report.
-        earlier: The card that it takes the place of; '' if there is none.
+        earlier: The card that it replaces; '' for a first card.
         config: The config.json beside the earlier one.
         where: For the error.
 

@@ -23,7 +23,7 @@ from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.harness import weights_sha256
 from timm_batchout.robustness.plots import draw_curves
 from timm_batchout.robustness.report import Report
-from timm_batchout.training.run_folder import as_safetensors
+from timm_batchout.zoo.checkpoint import as_safetensors
 from timm_batchout.zoo.pretrained import FOLDER, NAMESPACE, WEIGHTS, bundled_cards
 
 __all__ = ['Staged', 'bundled', 'publish', 'push', 'stage']
@@ -227,7 +227,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; empty where it is none."""
+    """The object that a JSON file holds; empty if there is no file, or it holds something else."""
     try:
         content = json.loads(_text(path))
     except ValueError:
@@ -271,7 +271,7 @@ def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
                 f'{staged.repo} is there already, and public: nothing was pushed. --private is for new repositories; '
                 'make this one private in its settings on the Hub, or leave --private out.'
             )
-        _keep_own_section(api, staged, info.sha)
+        _keep_own_section(api, staged, info)
         changed = _changed(staged, info.siblings or [])
         if not changed:
             return []
@@ -290,21 +290,17 @@ def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
     raise AssertionError('unreachable')
 
 
-def _keep_own_section(api: HfApi, staged: Staged, revision: str | None) -> None:
+def _keep_own_section(api: HfApi, staged: Staged, info: Any) -> None:
     """Take over what people wrote into the card on the Hub.
 
     Raises:
         ValueError: They wrote outside the section that is theirs.
     """
     with TemporaryDirectory() as folder:
-        there = {}
-        for name in ('README.md', 'config.json'):
-            if api.file_exists(staged.repo, name, revision=revision):
-                there[name] = Path(api.hf_hub_download(staged.repo, name, revision=revision, local_dir=folder))
-        if 'README.md' not in there:
-            return
+        for name in {'README.md', 'config.json'} & {file.rfilename for file in info.siblings or []}:
+            api.hf_hub_download(staged.repo, name, revision=info.sha, local_dir=folder)
         card = staged.folder / 'README.md'
-        remote, config = _text(there['README.md']), _json(there.get('config.json', Path(folder, 'none')))
+        remote, config = _text(Path(folder, 'README.md')), _json(Path(folder, 'config.json'))
         write_atomically(card, with_own_section(_text(card), remote, config, where=f'README.md of {staged.repo}'))
 
 

@@ -77,7 +77,7 @@ def evaluate(
         batch_size: Images per chunk.
         seed: Of the draw and of the attacks.
         name, data: For the report.
-        chunks: Where chunks are kept, to go on from after an interruption; None: in memory only.
+        chunks: Where finished chunks are kept, for an interrupted evaluation to resume from; None: in memory only.
         rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
         wait: Returns when all processes have come to it.
         progress: Show a bar.
@@ -109,9 +109,10 @@ def evaluate(
         plans: dict[str, Plan] = {'clean': (len(chosen), [])}
         plans |= {attack: _plan(attack, options[attack], radii, len(chosen)) for attack in attacks}
         sha256 = weights_sha256(model)
+        crafted_on = None if transfer_from is None else weights_sha256(transfer_from)
         stated = {name: dict(options[name]) for name in attacks}
-        if 'transfer' in options and transfer_from is not None:
-            stated['transfer']['source_sha256'] = weights_sha256(transfer_from)
+        if 'transfer' in options:
+            stated['transfer']['source_sha256'] = crafted_on
             options['transfer']['source'] = source
         preprocessing = {
             'mean': pixel_model.mean.flatten().tolist(),
@@ -122,7 +123,6 @@ def evaluate(
         }
         machine = environment(pixel_model.mean.device, sorted({ATTACKS[name].extra for name in attacks} - {''}))
         versions = {name: value for name, value in machine.items() if name not in ('hardware', 'cpu_threads')}
-        crafted_on = None if transfer_from is None else weights_sha256(transfer_from)
         chunks.open([sha256, crafted_on, preprocessing, stated, plans, batch_size, seed, versions])
         if rank == 0 and not chunks.resume:
             chunks.discard()
@@ -131,12 +131,13 @@ def evaluate(
         jobs += [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
 
         def chunk(attack: str, start: int) -> Chunk:
-            size, eps_of = (min(AUDIT_IMAGES, len(chosen)), []) if (attack, start) == AUDIT else plans[attack]
-            end = size if (attack, start) == AUDIT else min(start + batch_size, size)
+            audited = (attack, start) == AUDIT
+            size, eps_of = (min(AUDIT_IMAGES, len(chosen)), []) if audited else plans[attack]
+            end = size if audited else min(start + batch_size, size)
             x, y = _read(chosen, slice(start, end), classes, pixel_model.mean.device)
 
             def measured() -> Chunk:
-                if (attack, start) == AUDIT:
+                if audited:
                     return [asdict(measure(pixel_model, x, y, seed, source))]
                 return _chunk(pixel_model, x, y, attack, eps_of, seed + start, options.get(attack, {}))
 

@@ -14,7 +14,7 @@ from timm_batchout.text import format_radius
 
 __all__ = ['judge', 'measure', 'misled']
 
-RIGHT_IMAGES = 100  # at most so many are looked at
+RIGHT_IMAGES = 100  # the most that are examined
 ENOUGH = 50  # with fewer, chance looks like a sign: honest nets were accused at 10 and 20 images, none at 50 or more
 # From where any net is fooled to where hardly any image is left; in [0, 1] pixels.
 RADII = (1 / 1020, 1 / 510, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2, 0.3, 0.5)

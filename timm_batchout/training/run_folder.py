@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from safetensors.torch import save
 from torch import Tensor
 
 from timm_batchout.provenance import free_space, write_atomically
 from timm_batchout.training.checkpoints import CHECKPOINTS, newest_checkpoint
 from timm_batchout.training.config import TrainConfig
+from timm_batchout.zoo.checkpoint import as_safetensors
 
-__all__ = ['MARK', 'RECIPE', 'RunFolder', 'as_safetensors', 'recipe_changes']
+__all__ = ['MARK', 'RECIPE', 'RunFolder', 'recipe_changes']
 
 MARK = '.timm-batchout-run'
 RECIPE = 'config.yaml'
@@ -117,13 +117,6 @@ class RunFolder:
                 f'{f" from {checkpoint}" if checkpoint else ""}.'
             ) from error
         return hashlib.sha256(content).hexdigest()
-
-
-def as_safetensors(state_dict: Mapping[str, Tensor]) -> bytes:
-    """A state_dict as the content of a safetensors file."""
-    # Copies: safetensors refuses tensors that share memory, as those of modules that a net uses twice do.
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
-    return save(tensors, metadata={'format': 'pt'})
 
 
 def _checkpoints(path: Path) -> list[Path]:

@@ -1,18 +1,19 @@
-"""Weights from files that other programs wrote: safetensors, timm's train.py, torch.save, Lightning."""
+"""Files of weights: written as safetensors; read from those, timm's train.py, torch.save and Lightning."""
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-__all__ = ['load_checkpoint', 'read_checkpoint']
+__all__ = ['as_safetensors', 'load_checkpoint', 'read_checkpoint']
 
 HOLDERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')  # where training scripts put the weights
 PREFIXES = ('model.', 'net.', 'backbone.', 'encoder.')  # attributes of Lightning modules
@@ -70,3 +71,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f'{str(path)!r} holds no state_dict: {type(content).__name__}.')
     return clean_state_dict(content)
+
+
+def as_safetensors(state_dict: Mapping[str, Tensor]) -> bytes:
+    """A state_dict as the content of a safetensors file."""
+    # Copies: safetensors refuses tensors that share memory, as those of modules that a net uses twice do.
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state_dict.items()}
+    return save(tensors, metadata={'format': 'pt'})

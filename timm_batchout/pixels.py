@@ -26,6 +26,8 @@ class PixelModel(nn.Module):
     Args:
         model: Any classifier. It is set to eval mode; a training loop sets the mode that it needs.
         cfg: Gives ``mean`` and ``std`` per channel; None: ``normalization(model)``.
+        channels_last: Hand the images on in that memory format: convolutions are faster, but a model that asks for
+            contiguous images (``x.view``) fails.
 
     Shape:
         Images (B, C, H, W), floating, in [0, 1] pixels; to float32 logits (B, classes).
@@ -34,16 +36,20 @@ class PixelModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module, cfg: dict[str, Any] | None = None):
+    def __init__(self, model: nn.Module, cfg: dict[str, Any] | None = None, channels_last: bool = False):
         super().__init__()
         self.model = model
+        self.channels_last = channels_last
         mean, std = (cfg['mean'], cfg['std']) if cfg else normalization(model)
         self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = self.model((images - self.mean) / self.std).float()
+        x = (images - self.mean) / self.std
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        logits = self.model(x).float()
         if images.requires_grad and not logits.requires_grad:  # a net without a path for gradients: they are zero
             logits = logits + 0 * images.sum()
         return logits

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from accelerate import Accelerator
 
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.images import Split
@@ -154,7 +155,7 @@ class Paper:
         """Train and attack all nets of a figure: what its JSON holds."""
         figure = FIGURES[name]
         nets = [self._measure(figure, net, seed) for net in figure.nets for seed in self.seeds]
-        return {'figure': name, 'title': figure.title, 'nets': nets, 'environment': environment()}
+        return {'figure': name, 'title': figure.title, 'nets': nets, 'environment': environment(Accelerator().device)}
 
     def _measure(self, figure: Figure, net: Net, seed: int) -> dict[str, Any]:
         config = self.config(figure, net, seed)
@@ -229,7 +230,7 @@ class Paper:
         asked = (weights_sha256(model), filled_in(attacks, settings), data)
         if report is None or (report.weights_sha256, report.settings, report.data) != asked:
             report = evaluate(
-                model, split.images, split.labels, attacks, figure.eps,
+                model.to(Accelerator().device), split.images, split.labels, attacks, figure.eps,
                 settings=settings, n=n, name=config.model, data=data, chunks=chunks, audit=False,
             )  # fmt: skip
             report.save(path)

@@ -172,7 +172,8 @@ def evaluate(
 
 
 def _in_pixels(model: nn.Module) -> PixelModel:
-    return PixelModel(model).to(next(model.parameters(), torch.empty(0)).device)
+    # timm's nets take either memory format.
+    return PixelModel(model, channels_last=states_normalization(model)).to(next(model.parameters(), torch.empty(0)).device)
 
 
 def _as_images(images: Any, labels: Tensor | None) -> Images:

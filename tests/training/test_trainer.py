@@ -165,6 +165,19 @@ def test_bf16_autocast_keeps_float32_weights(tmp_path):
     assert losses['bf16'] == pytest.approx(losses['no'], rel=0.02)
 
 
+@pytest.mark.parametrize('ema_decay', ['0', '0.5'])
+def test_a_bf16_run_reports_what_its_weights_do_in_float32(tmp_path, ema_decay):
+    few = ['--model', 'mnist_cnn', '--epochs', '1', '--data.val_fraction', '0.9', '--precision', 'bf16']
+    assert run(tmp_path / 'run', *few, '--ema_decay', ema_decay) == 0
+    metrics = json.loads((tmp_path / 'run' / 'result.json').read_text())['metrics']
+    net = timm.create_model('mnist_cnn', checkpoint_path=str(tmp_path / 'run' / 'model.safetensors')).eval()
+    test = load_split(DataConfig('digits'), train=False)
+    with torch.no_grad():
+        logits = net(test.images / 255)
+    assert metrics['test_correct'] == int((logits.argmax(1) == test.labels).sum())
+    assert metrics['test_loss'] == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-6)
+
+
 def test_fgsm_training_sees_half_a_batch_of_attacks_on_the_eval_mode_net():
     seen = []
 

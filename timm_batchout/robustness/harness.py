@@ -172,8 +172,9 @@ def evaluate(
 
 
 def _in_pixels(model: nn.Module) -> PixelModel:
-    # timm's nets take either memory format.
-    return PixelModel(model, channels_last=states_normalization(model)).to(next(model.parameters(), torch.empty(0)).device)
+    either_format = states_normalization(model)  # a timm net
+    device = next(model.parameters(), torch.empty(0)).device
+    return PixelModel(model, channels_last=either_format).to(device)
 
 
 def _as_images(images: Any, labels: Tensor | None) -> Images:
@@ -207,8 +208,10 @@ def _read(images: Images, part: slice, classes: int, device: torch.device) -> tu
     if not len(x):
         raise ValueError(f'None of the images {part.start} to {part.stop} can be read.')
     _check_batch(x, y, classes)
-    pixels = x.to(device).contiguous().float()
-    return pixels / 255 if x.dtype == torch.uint8 else pixels, y.to(device).long()
+    pixels = x.contiguous().float()
+    if x.dtype == torch.uint8:
+        pixels = pixels / 255  # before the GPU has them, which divides to other bits
+    return pixels.to(device), y.to(device).long()
 
 
 def _check_batch(x: Tensor, y: Tensor, classes: int) -> None:

@@ -23,7 +23,7 @@ from timm_batchout.training.checkpoints import Progress, newest_checkpoint, save
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.objectives import Objective, robust_correct
 from timm_batchout.training.run_folder import RECIPE, RunFolder
-from timm_batchout.training.validate import score
+from timm_batchout.training.validate import in_float32, score
 
 __all__ = ['Interrupted', 'Trainer', 'stop_signals']
 
@@ -256,7 +256,7 @@ class Trainer:
         model = PixelModel(self.weights, self.cfg).to(self.accelerator.device)
         counts = torch.zeros(2, device=self.accelerator.device)
         left = -(-config.images // self.accelerator.num_processes)
-        with seeded(self.config.seed):
+        with seeded(self.config.seed), in_float32(self.weights):
             for images, labels in self.val_loader:
                 images, labels = images[:left], labels[:left]
                 left -= len(labels)

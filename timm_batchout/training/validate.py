@@ -1,5 +1,7 @@
 """Accuracy of a model on a split while it trains: per image, on all processes together, each image once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,18 @@ from timm_batchout.data.workers import TimmLoader
 from timm_batchout.pixels import PixelModel
 from timm_batchout.sites import activation_sites
 
-__all__ = ['score']
+__all__ = ['in_float32', 'score']
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Without the autocast that Accelerate sets around the forward of a model (and of its moving average)."""
+    wrapped = model.__dict__.pop('forward', None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 @torch.no_grad()
@@ -49,10 +62,11 @@ def score(
     labels = torch.zeros(0, dtype=torch.int64, device=accelerator.device)
     outputs = [(logits, labels)]  # some process may have no image
     try:
-        for images, targets in loader:
-            outputs.append((pixel_model(images), targets))
-        for _ in range(_forwards(len(loader), accelerator) - len(loader)):
-            pixel_model(images[:1])
+        with in_float32(model):
+            for images, targets in loader:
+                outputs.append((pixel_model(images), targets))
+            for _ in range(_forwards(len(loader), accelerator) - len(loader)):
+                pixel_model(images[:1])
     finally:
         for handle in handles:
             handle.remove()

@@ -24,6 +24,7 @@ test-slow: .venv/installed
 quality: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 style: .venv/installed

@@ -3,10 +3,12 @@
     timm-batchout evaluate mnist_cnn --checkpoint runs/pgd/model.safetensors --output report.json ...
     python recipes/paper/bundle_weights.py runs/pgd mnist_cnn.pgd_at_mnist report.json
 
+``--weights`` names another file of the run: ``best.safetensors``, or ``half.safetensors`` (see half.py).
 README's table is made anew from the reports of all bundled weights.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -29,19 +31,22 @@ def main() -> None:
     parser.add_argument('run', type=Path)
     parser.add_argument('name', help="the bundled model's 'arch.tag'")
     parser.add_argument('report', type=Path)
+    parser.add_argument('--weights', default='model.safetensors', help='file of the run')
     arguments = parser.parse_args()
     arch, tag = arguments.name.split('.')
     result = json.loads((arguments.run / 'result.json').read_text())
     if result['model'] != arch:
         raise SystemExit(f'error: {arguments.run} trained {result["model"]}, not {arch}.')
-    file = arguments.run / 'model.safetensors'
+    file = arguments.run / arguments.weights
     report = replace(Report.load(arguments.report), model=arguments.name)
     if weights_sha256(timm.create_model(arch, checkpoint_path=str(file))) != report.weights_sha256:
         raise SystemExit(f'error: {arguments.report} is a report of other weights. Evaluate {file} first.')
     clean = report.score('clean')
-    if clean.n == result['metrics']['test_n'] and clean.correct != result['metrics']['test_correct']:
+    same = arguments.weights == 'model.safetensors' and clean.n == result['metrics']['test_n']
+    if same and clean.correct != result['metrics']['test_correct']:
         raise SystemExit('error: the report and the run disagree on clean accuracy. Nothing was bundled.')
-    sha256 = result.pop('sha256')
+    result.pop('sha256')
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     result['recipe']['data']['root'] = ''  # a place on the machine that trained it
     card = {'model': arch, 'tag': tag, 'sha256': sha256, 'training': result, 'report': report.to_dict()}
     shutil.copyfile(file, FOLDER / f'{arguments.name}.safetensors')

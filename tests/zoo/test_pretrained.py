@@ -19,7 +19,11 @@ from timm_batchout.zoo.pretrained import FOLDER, bundled_cards
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get('TIMM_BATCHOUT_DATA', ROOT.parent / 'shared' / 'data'))
-ROOTS = {'MNIST': DATA / 'mnist', 'CIFAR-10 (JPEG q75 copy)': DATA / 'cifar10-jpeg' / 'cifar10-jpeg.tar.xz'}
+ROOTS = {
+    'MNIST': DATA / 'mnist',
+    'CIFAR-10': DATA / 'cifar10',
+    'CIFAR-10 (JPEG q75 copy)': DATA / 'cifar10-jpeg' / 'cifar10-jpeg.tar.xz',
+}
 CARDS = bundled_cards()
 REPORTS = {name: Report.from_dict(card['report']) for name, card in CARDS.items()}
 

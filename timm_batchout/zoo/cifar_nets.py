@@ -11,8 +11,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 
-__all__ = ['CifarResNet']
+from timm_batchout.zoo.pretrained import read_weights_card, trusted
 
+__all__ = ['CIFAR10_CLASSES', 'CifarResNet']
+
+CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 STRIDE_OF_STEM = 4  # what the 7x7 stem and its pooling would divide the size by
 
 
@@ -50,7 +53,9 @@ class CifarResNet(ResNet):
         return dict(stem=r'^conv1|bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def _cfg(name: str = '') -> dict[str, Any]:
+    """A pretrained cfg; with a name, the one of bundled weights."""
+    weights: dict[str, Any] = {**read_weights_card(name), 'label_names': CIFAR10_CLASSES} if name else {}
     return dict(
         input_size=(3, 32, 32),
         pool_size=(4, 4),
@@ -62,14 +67,21 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
         first_conv='conv1',
         classifier='fc',
         license='apache-2.0',
-        **kwargs,
+        **weights,
     )
 
 
-default_cfgs = generate_default_cfgs({'resnet18_cifar': _cfg(), 'resnet18_cifar_w32': _cfg()})
+default_cfgs = generate_default_cfgs(
+    {
+        'resnet18_cifar': _cfg(),
+        'resnet18_cifar_w32.trades_cifar10': _cfg('resnet18_cifar_w32.trades_cifar10'),
+    }
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
+    if pretrained:
+        kwargs = trusted(variant, kwargs)
     return build_model_with_cfg(CifarResNet, variant, pretrained, **kwargs)
 
 

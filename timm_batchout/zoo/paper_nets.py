@@ -18,7 +18,6 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from timm_batchout.inject import add_batchout
 from timm_batchout.layer import BatchOutConfig
 from timm_batchout.sites import activation_sites
-from timm_batchout.zoo.pretrained import NAMESPACE, check_weights, from_hub, read_weights_card
+from timm_batchout.zoo.cifar_nets import CIFAR10_CLASSES
+from timm_batchout.zoo.pretrained import read_weights_card, trusted
 
 __all__ = ['PaperNet']
 
@@ -277,7 +277,6 @@ def _cfg(name: str, input_size: tuple[int, int, int], **kwargs: Any) -> dict[str
         classifier='head',
         license='apache-2.0',
         paper_name='BatchOut: Batch-level feature augmentation to improve robustness to adversarial examples',
-        hf_hub_id=f'{NAMESPACE}/{name}',  # where the weights file is not installed
         **read_weights_card(name),
         **kwargs,
     )
@@ -288,7 +287,7 @@ _cifar_cfg = partial(
     _cfg,
     input_size=(3, 32, 32),
     pool_size=(8, 8),
-    label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+    label_names=CIFAR10_CLASSES,
 )
 
 default_cfgs = generate_default_cfgs(
@@ -304,7 +303,15 @@ default_cfgs = generate_default_cfgs(
                     'batchout_mnist_cnn.mnist',
                 ),
             ),
-            (_cifar_cfg, ('cifar_vgg.baseline_cifar10', 'cifar_vgg.fgsm_at_cifar10', 'batchout_cifar_vgg.cifar10')),
+            (
+                _cifar_cfg,
+                (
+                    'cifar_vgg.baseline_cifar10',
+                    'cifar_vgg.fgsm_at_cifar10',
+                    'cifar_vgg.pgd_at_cifar10',
+                    'batchout_cifar_vgg.cifar10',
+                ),
+            ),
         )
         for name in names
     }
@@ -313,9 +320,7 @@ default_cfgs = generate_default_cfgs(
 
 def _create(variant: str, net: Callable[..., PaperNet], pretrained: bool, **kwargs: Any) -> PaperNet:
     if pretrained:
-        kwargs = from_hub(variant, kwargs)
-        sources = {key: kwargs.get(key) for key in ('pretrained_cfg', 'pretrained_cfg_overlay')}
-        check_weights(resolve_pretrained_cfg(variant, **sources).file)
+        kwargs = trusted(variant, kwargs)
     return build_model_with_cfg(
         net,
         variant,

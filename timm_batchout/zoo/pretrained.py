@@ -20,11 +20,26 @@ __all__ = [
     'fetch',
     'from_hub',
     'read_weights_card',
+    'trusted',
 ]
 
 NAMESPACE = os.environ.get('TIMM_BATCHOUT_HUB_NAMESPACE') or 'timm-batchout'
 WEIGHTS = 'model.safetensors'
 FOLDER = Path(__file__).parent / 'weights'  # of the bundled ones: NAME.safetensors, and the NAME.json of its training
+
+
+def trusted(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of timm's ``build_model_with_cfg`` with ``pretrained``, once the weights are there and checked.
+
+    Raises:
+        ValueError: See ``fetch`` and ``check_weights``.
+    """
+    from timm.models import resolve_pretrained_cfg
+
+    kwargs = from_hub(variant, kwargs)
+    sources = {key: kwargs.get(key) for key in ('pretrained_cfg', 'pretrained_cfg_overlay')}
+    check_weights(resolve_pretrained_cfg(variant, **sources).file)
+    return kwargs
 
 
 def from_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +158,7 @@ def _download(repo: str, file: str, revision: str | None, cache_dir: str | Path 
 
 
 def read_weights_card(name: str) -> dict[str, Any]:
-    """What timm's pretrained cfg takes from a bundled model's JSON: the weights file and a line of provenance.
+    """What timm's pretrained cfg takes from a bundled model's JSON: where its weights are, and a line of provenance.
 
     Without the file (a slim installation) timm reads the weights from the Hub.
     """
@@ -152,7 +167,11 @@ def read_weights_card(name: str) -> dict[str, Any]:
         return {}
     card = json.loads(card_path.read_text())
     file = FOLDER / f'{name}.safetensors'
-    return dict(file=str(file) if file.is_file() else None, notes=(f'Trained on {card["training"]["data"]}.',))
+    return dict(
+        file=str(file) if file.is_file() else None,
+        hf_hub_id=f'{NAMESPACE}/{name}',
+        notes=(f'Trained on {card["training"]["data"]}.',),
+    )
 
 
 def check_weights(file: str | None) -> None:

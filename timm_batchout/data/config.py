@@ -29,7 +29,7 @@ class DataConfig:
         test_split: 'timm' only, name of the split that is tested on.
         val_split: 'timm' only. Empty: ``val_fraction`` of the training split.
         image_size: 'timm' only, height and width that images are resized to; 0: what the model's cfg says.
-        workers: 'timm' only, processes that read and augment.
+        workers: 'timm' only, processes that read and augment; of files, no more than there are CPU cores.
     """
 
     name: Literal['mnist', 'cifar10', 'digits', 'image_folder', 'timm'] = 'mnist'

@@ -4,6 +4,7 @@ timm's own loader draws order and augmentations from the global random state, so
 to the same bits. Here they depend on seed, epoch and image alone, whatever the number of workers and processes.
 """
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -288,10 +289,12 @@ class TimmLoader:
 
     def _indexed(self) -> DataLoader:
         dataset = self.split.open(image_mode=self.image_mode)
+        workers = min(self.split.config.workers, os.cpu_count() or 1)  # how many, does not change an image
         return self._data_loader(
             IndexedImages(dataset, self.transform, self.seed, replace_broken=self.shuffle),
+            workers,
             sampler=self._keys,
-            persistent_workers=self.split.config.workers > 0,
+            persistent_workers=workers > 0,
         )
 
     def _stream(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
@@ -299,19 +302,20 @@ class TimmLoader:
         dataset.set_epoch(self.epoch)
         if not self.shuffle and hasattr(dataset.reader, 'dist_rank'):
             dataset.reader.dist_rank, dataset.reader.dist_num_replicas = 0, 1
-        dataset.set_loader_cfg(num_workers=self.split.config.workers)
+        workers = self.split.config.workers
+        dataset.set_loader_cfg(num_workers=workers)
         images = StreamedImages(dataset, self.transform, (self.seed, self.epoch))
-        for i, batch in enumerate(self._data_loader(images, drop_last=self.shuffle)):
+        for i, batch in enumerate(self._data_loader(images, workers, drop_last=self.shuffle)):
             if self.shuffle and i == len(self):
                 return
             if i >= self.start and (self.shuffle or i % self.world_size == self.rank):
                 yield batch
 
-    def _data_loader(self, images: Dataset, **options: Any) -> DataLoader:
+    def _data_loader(self, images: Dataset, workers: int, **options: Any) -> DataLoader:
         return DataLoader(
             images,
             self.batch_size,
-            num_workers=self.split.config.workers,
+            num_workers=workers,
             collate_fn=collate,
             pin_memory=self.device.type == 'cuda',
             generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch),

@@ -83,7 +83,7 @@ def compare(reports: Sequence[Report], names: Sequence[str] = (), first_only: bo
         raise ValueError('The reports are of different images: they cannot stand in one table.')
     heads = [name.replace('|', '\\|') for name in (reports[0].data, *(names or [report.model for report in reports]))]
     rows = [
-        f'| {heads[0]}, accuracy % | n | {" | ".join(heads[1:])} |',
+        f'| {f"{heads[0]}, " if heads[0] else ""}accuracy % | n | {" | ".join(heads[1:])} |',
         '|---' * (len(reports) + 2) + '|',
     ]
     known = [{(*score.key, score.n): score for score in report.scores} for report in reports]

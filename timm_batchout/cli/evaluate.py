@@ -7,6 +7,7 @@ from typing import Any
 from timm_batchout.data.config import DataConfig
 from timm_batchout.robustness.report import Report, differences
 from timm_batchout.robustness.tables import table
+from timm_batchout.text import parse_radius
 
 __all__ = ['EvaluateConfig', 'run']
 
@@ -35,6 +36,8 @@ class EvaluateConfig:
         output: Write the report to this JSON file.
         expect: An earlier report of these weights: show where this one differs, and exit with 1 if it does.
         figure: Draw accuracy over the radius to this file (.svg, .png).
+        examples: Draw some images to this file (.png): as they are, under PGD at the largest of eps, and what the model
+            sees in both.
         resume: Continue an interrupted evaluation with the same settings; false: measure all of it again.
     """
 
@@ -55,6 +58,7 @@ class EvaluateConfig:
     output: str = ''
     expect: str = ''
     figure: str = ''
+    examples: str = ''
     resume: bool = True
 
 
@@ -67,6 +71,9 @@ def run(config: EvaluateConfig) -> int:
     check_available(config.attacks)
     if config.figure and not config.output:
         raise ValueError('A figure is drawn from a report: name an --output as well.')
+    radii = [parse_radius(eps) for eps in config.eps]
+    if config.examples and not any(radii):
+        raise ValueError(f'examples are drawn at the largest of eps, got {config.eps}: name a radius above 0.')
     _check_output(config.output)
     expected = Report.load(config.expect) if config.expect else None
     model = _load(config.model, config.checkpoint, config.model_args)
@@ -106,6 +113,12 @@ def run(config: EvaluateConfig) -> int:
             from timm_batchout.robustness.plots import draw_curves
 
             draw_curves([report], config.figure)
+        if config.examples:
+            from timm_batchout.robustness.examples import draw_examples
+
+            draw_examples(
+                model, images, max(parse_radius(eps) for eps in config.eps), config.examples, seed=config.seed
+            )
     if expected:
         different = differences(report, expected)
         if state.is_main_process:

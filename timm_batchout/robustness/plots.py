@@ -3,12 +3,13 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.report import Report, Variant
 from timm_batchout.robustness.tables import TITLES, attack_title
 
-__all__ = ['draw_curves']
+__all__ = ['draw_curves', 'pyplot', 'save_figure']
 
 COLUMNS = 3  # more in a row cannot be read on a page
 ITERATED = ('deepfool', 'deepfool_unclipped')  # over iterations, not radii
@@ -24,11 +25,7 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     Raises:
         ValueError: No attack has two radii or more.
     """
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'timm-batchout'  # the same report draws the same file
-    from matplotlib import pyplot as plt
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     curves = {attack: _variants(reports, attack) for attack in TITLES}
@@ -64,13 +61,28 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     if any_masked:
         lines.append(Line2D([], [], color='gray', linestyle='--', label='dashed: gradients masked, overstated'))
     figure.legend(handles=lines, loc='outside upper center', ncols=columns)
-    path = Path(path)
+    save_figure(figure, Path(path))
+
+
+def pyplot() -> Any:
+    """matplotlib, drawing to files alone, and the same file each time."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    matplotlib.rcParams['svg.hashsalt'] = 'timm-batchout'
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure, in the format that the path's ending names, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     kind = path.suffix.lstrip('.') or 'png'
     figure.savefig(drawn, format=kind, metadata={'Date': None} if kind == 'svg' else None)
     write_atomically(path, drawn.getvalue())  # a link is replaced, not written through
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def _variants(reports: Sequence[Report], attack: str) -> dict[Variant, float]:

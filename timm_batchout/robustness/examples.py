@@ -1,0 +1,89 @@
+"""Adversarial images to look at: each with its perturbation, and what the model sees in it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_batchout.data.images import Images
+from timm_batchout.pixels import PixelModel, frozen, gradient_sign, modes_kept
+from timm_batchout.robustness.plots import pyplot, save_figure
+
+__all__ = ['draw_examples']
+
+STEPS = 40
+
+
+def draw_examples(
+    model: nn.Module, images: Images, radius: float, path: str | Path, count: int = 8, seed: int = 0
+) -> None:
+    """A column for each image: as it is, the perturbation, and with it; above each, the class and its probability.
+
+    The images are the first ones, in the order of ``evaluate``, that are classified right, whether the attack (PGD with
+    40 steps on the cross-entropy) fools the model or not. A frame is red where it does.
+
+    Args:
+        model: Any classifier of normalised images, as ``evaluate`` takes it.
+        images: Where to draw from.
+        radius: L-infinity, in [0, 1] pixels.
+        path: Where to write; the ending says what (.png, .svg, .pdf).
+        count: How many columns.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: None of the first 100 images is classified right.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:100]
+    x, y = images.select(order).read(slice(0, 100))
+    device = next(model.parameters(), torch.empty(0)).device
+    pixels = (x.float() / 255 if x.dtype == torch.uint8 else x.float()).to(device)
+    labels = y.to(device)
+    with modes_kept(model):
+        net = PixelModel(model).to(device)
+        with torch.no_grad():
+            chosen = (net(pixels).argmax(1) == labels).nonzero()[:count, 0]
+        if not len(chosen):
+            raise ValueError(f'None of {len(x)} images is classified right: there is nothing to attack.')
+        pixels, labels = pixels[chosen], labels[chosen]
+        with frozen(net):
+            attacked = _pgd(net, pixels, labels, radius)
+        with torch.no_grad():
+            before, after = net(pixels).softmax(1), net(attacked).softmax(1)
+    magnified = (0.5 + (attacked - pixels) / (2 * radius)).clamp(0, 1)  # grey: not moved
+    _draw([pixels, magnified, attacked], before, after, list(images.class_names), radius, Path(path))
+
+
+def _pgd(net: PixelModel, images: Tensor, labels: Tensor, radius: float) -> Tensor:
+    x = images
+    for _ in range(STEPS):
+        x = x + 2.5 / STEPS * radius * gradient_sign(net, x, labels)
+        x = torch.minimum(torch.maximum(x, images - radius), images + radius).clamp(0, 1)
+    return x
+
+
+def _draw(rows: Sequence[Tensor], before: Tensor, after: Tensor, names: list[str], radius: float, path: Path) -> None:
+    def seen(probabilities: Tensor) -> str:
+        number = int(probabilities.argmax())
+        return f'{names[number] if names else number} {probabilities.max():.0%}'.replace('$', r'\$')
+
+    count = len(before)
+    figure, axes = pyplot().subplots(
+        3, count, figsize=(1.25 * count + 0.5, 4.6), squeeze=False, layout='constrained', dpi=150
+    )
+    for column in range(count):
+        fooled = bool(before[column].argmax() != after[column].argmax())
+        for row, ax in enumerate(axes[:, column]):
+            image = rows[row][column].permute(1, 2, 0).cpu().numpy()
+            ax.imshow(image if image.shape[2] == 3 else image[..., 0], cmap='gray', vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            if row == 2 and fooled:
+                options: dict[str, Any] = {'color': 'tab:red', 'linewidth': 3}
+                ax.spines[:].set(**options)
+        axes[0, column].set_title(seen(before[column]), fontsize=9)
+        axes[2, column].set_title(seen(after[column]), fontsize=9, color='tab:red' if fooled else 'black')
+    shown = f'{radius * 255:g}/255' if (radius * 255).is_integer() else f'{radius:g}'
+    for row, text in enumerate(('image', f'perturbation,\nup to {shown}', 'both')):
+        axes[row, 0].set_ylabel(text)
+    save_figure(figure, path)

@@ -83,7 +83,9 @@ def test_the_card_is_valid_and_tells_the_truth():
     lead = text.split('\n\n')[1]
     assert lead.startswith('**Accuracy: 2.0% under AutoAttack Linf 8/255 (n = 50); 80.0% clean. Gradient masking: no')
     assert text.count('no sign of it.') == 1, 'the verdict stands once'
-    assert '| FGSM Linf 8/255 | 100 | 20.00 | 20.00 (masked) |' in text, 'masked figures are never best, nor beaten'
+    assert '| FGSM Linf 8/255 | 100 | 20.00 (13.3 to 28.9) | 20.00 (13.3 to 28.9) (masked) |' in text, (
+        'masked figures are never best, nor beaten'
+    )
     assert 'JPEG compression' in text and 'ab' * 32 in text
     assert "timm.create_model('hf-hub:me/net', pretrained=True)" in text
     assert 'pgd: {"steps": 20, "eps": ["2/255", "8/255"], "n": 50}\n' in text
@@ -130,7 +132,7 @@ def test_a_card_shows_only_what_its_own_model_was_measured_on():
 
 def test_without_a_twin_nothing_is_best():
     text = make_card(entry()).text
-    assert '| AutoAttack Linf 8/255 | 50 | 2.00 |' in text and 'Bold' not in text
+    assert '| AutoAttack Linf 8/255 | 50 | 2.00 (0.4 to 10.5) |' in text and 'Bold' not in text
     assert text.count('no sign of it.') == 1
     of_other_jpegs = report()
     of_other_jpegs.data = 'JPEGs of my own'
@@ -140,13 +142,13 @@ def test_without_a_twin_nothing_is_best():
 def test_images_of_different_nets_are_not_compared():
     ours, theirs = report(), report('plain')
     for one, source in ((ours, 'a' * 64), (theirs, 'b' * 64)):
-        one.scores.append(Score('transfer', 30 + (one is ours), 100, 'Linf', 8 / 255))
+        one.scores.append(Score('transfer', 30 + 30 * (one is ours), 100, 'Linf', 8 / 255))
         one.settings['transfer'] = {'steps': 20, 'source_sha256': source}
     text = make_card(entry(report=ours, twin=theirs, nets={'a' * 64: 'plain'})).text
-    assert '| 100 | 31.00 | 30.00 |' in text, 'in bold neither'
+    assert '| 100 | 60.00 (50.2 to 69.1) | 30.00 (21.9 to 39.6) |' in text, 'in bold neither'
     assert 'this model were crafted on `plain`, ' in text and 'crafted on weights with the hash bbbbbbbbbbbb...' in text
     theirs.settings['transfer']['source_sha256'] = 'a' * 64
-    assert '| **31.00** | 30.00 |' in compare([ours, theirs])
+    assert '| **60.00** | 30.00 |' in compare([ours, theirs])
 
 
 def test_stages_of_autoattack_that_tell_nothing_new_are_left_out():
@@ -233,8 +235,8 @@ def test_the_gallery(gallery):
     table = (gallery / 'README.md').read_text()
     heads = 'clean<br>n = 100 | AutoAttack Linf<br>8/255<br>n = 50 | PGD Linf<br>8/255<br>n = 50 | FGSM Linf<br>2/255'
     assert heads in table and 'noise' not in table
-    assert '| [a](a/README.md) | **90.00** | **2.00** | 20.00 (masked) | 50.00 (masked) | 0.00 (masked) |' in table
-    assert '| [b](b/README.md) | 80.00 | **2.00** | **20.00** | **50.00** | 0.00 |' in table, '0.00 is never best'
+    assert '| [a](a/README.md) | **90.00** | 2.00 | 20.00 (masked) | 50.00 (masked) | 0.00 (masked) |' in table
+    assert '| [b](b/README.md) | 80.00 | 2.00 | 20.00 | 50.00 | 0.00 |' in table, 'none to compare with'
     assert_self_contained((gallery / 'index.html').read_text())
 
 

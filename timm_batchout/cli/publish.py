@@ -58,10 +58,10 @@ def run(config: PublishConfig) -> int:
         raise ValueError(f'{", ".join(given)}: for one model, not for --all, which takes the bundled ones as they are.')
     if config.all:
         cards = weights.bundled_cards()
-        undefended = {card['training']['data']: name for name, card in cards.items() if '.baseline_' in name}
+        undefended = {_net_and_data(card): name for name, card in cards.items() if '.baseline_' in name}
         todo = []
         for name, card in cards.items():
-            twin = undefended[card['training']['data']]
+            twin = undefended.get(_net_and_data(card), name)
             todo.append((name, *bundled(name), f'{name}.json', f'{twin}.json' if twin != name else ''))
         folder = weights.FOLDER
     else:
@@ -90,3 +90,7 @@ def run(config: PublishConfig) -> int:
             changed = push(repository, config.private)
             print(f'  pushed: {", ".join(changed)}' if changed else '  nothing has changed: nothing was pushed')
     return 0
+
+
+def _net_and_data(card: dict[str, Any]) -> tuple[str, str]:
+    return card['model'].removeprefix('batchout_'), card['training']['data']

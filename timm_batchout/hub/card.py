@@ -119,9 +119,11 @@ def make_card(entry: Entry) -> ModelCard:
             preprocessing=report.preprocessing,
             twin=twin,
             table=compare(
-                [report, *([twin] if twin else [])], ['this model', 'without defence'][: 1 + bool(twin)], True
+                [report, *([twin] if twin else [])],
+                ['this model', 'without defence'][: 1 + bool(twin)],
+                first_only=True,
+                intervals=True,
             ),
-            widest=max(50 * (score.interval[1] - score.interval[0]) for score in report.scores),
             crafted=_crafted(entry),
             audit=report.audit if report.audit and report.audit.pgd else None,
             curves=entry.has_curves,

@@ -1,13 +1,14 @@
 """All published models at one glance: a leaderboard in Markdown, and a page for the eye, from the staged results."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from timm_batchout.hub.card import templates, without_markup
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.report import Report, Score, Variant
-from timm_batchout.robustness.tables import attack_title, cell, describe
+from timm_batchout.robustness.tables import attack_title, cell, describe, leaders
 
 __all__ = ['write_gallery']
 
@@ -56,7 +57,8 @@ def _markdown(tables: Tables) -> str:
         '',
         'Written by `timm-batchout publish --all` from the results.json of each model. Accuracy in percent; '
         '"masked": the audit found that gradients mislead this attack, so that the number overstates robustness; '
-        'bold: the best of a column. Intervals and controls are in the cards. As a page, with curves: index.html.',
+        'bold: the best of a column, and what so many images do not tell from it. Intervals and controls are in the '
+        'cards. As a page, with curves: index.html.',
         '',
     ]
     for data, models in tables:
@@ -64,19 +66,20 @@ def _markdown(tables: Tables) -> str:
         heads = ['<br>'.join(_head([report for _, report in models], key)) for key in keys]
         lines += [f'## {without_markup(data)}', '', f'| | {" | ".join(heads)} | gradient masking |']
         lines.append('|---' * (len(keys) + 2) + '|')
-        best = {key: _best([report for _, report in models], key) for key in keys}
+        leading = {key: _leading(models, key) for key in keys}
         for repo, report in models:
             scores = _scores(report)
-            cells = [cell(scores.get(key), best[key]) for key in keys]
+            cells = [cell(scores.get(key), repo in leading[key]) for key in keys]
             name = repo.split('/')[1]
             lines.append(f'| [{name}]({name}/README.md) | {" | ".join(cells)} | {_masking(report)} |')
         lines.append('')
     return '\n'.join(lines)
 
 
-def _best(reports: list[Report], key: Key) -> float:
-    scores = [_scores(report).get(key) for report in reports]
-    return max((score.accuracy for score in scores if score and not score.masked), default=0)
+def _leading(models: Sequence[tuple[str, Report]], key: Key) -> set[str]:
+    """Repositories whose scores lead a column."""
+    leads = leaders([_scores(report).get(key) for _, report in models])
+    return {repo for (repo, _), lead in zip(models, leads, strict=True) if lead}
 
 
 def _masking(report: Report) -> str:
@@ -91,7 +94,7 @@ def _page(tables: Tables, cards: Path) -> str:
     for data, models in tables:
         reports = [report for _, report in models]
         keys = sorted(_columns(reports), key=lambda key: not _first(key))
-        best = {key: _best(reports, key) for key in keys}
+        leading = {key: _leading(models, key) for key in keys}
         heads: list[dict[str, Any]] = [{'lines': ['model']}, {'lines': ['masking']}]
         shown.append(
             {
@@ -104,7 +107,9 @@ def _page(tables: Tables, cards: Path) -> str:
                         'masking': _masking(report),
                         'verdict': report.audit.verdict if report.audit else 'not checked.',
                         'curves': (cards / repo.split('/')[1] / 'curves.svg').is_file(),
-                        'cells': [_cell(_scores(report).get(key), best[key], not _first(key)) for key in keys],
+                        'cells': [
+                            _cell(_scores(report).get(key), repo in leading[key], not _first(key)) for key in keys
+                        ],
                     }
                     for repo, report in models
                 ],
@@ -118,13 +123,13 @@ def _first(key: Key) -> bool:
     return key[0] in ('clean', 'autoattack', 'autoattack_l2')
 
 
-def _cell(score: Score | None, best: float, more: bool) -> dict[str, Any]:
+def _cell(score: Score | None, leads: bool, more: bool) -> dict[str, Any]:
     kinds = ['more'] if more else []
     if score is None:
         return {'kind': ' '.join(kinds), 'value': -1, 'text': ''}
     if score.masked:
         kinds.append('masked')
-    elif score.accuracy == best > 0:
+    elif leads:
         kinds.append('best')
     low, high = (f'{100 * edge:.1f}' for edge in score.interval)
     return {

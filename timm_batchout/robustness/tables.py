@@ -1,11 +1,12 @@
 """Reports as Markdown tables. The names of attacks are made here, and nowhere else."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from timm_batchout.robustness.report import Report, Score, Variant
 from timm_batchout.text import format_radius
 
-__all__ = ['TITLES', 'attack_title', 'cell', 'compare', 'describe', 'overview', 'table', 'title']
+__all__ = ['TITLES', 'attack_title', 'cell', 'compare', 'describe', 'leaders', 'overview', 'table', 'title']
 
 TITLES = {  # of the attacks, with the norm of their radius or distance
     'fgsm': 'FGSM Linf',
@@ -59,22 +60,24 @@ def overview(reports: Mapping[str, Report]) -> str:
         lines = [f'| {data} | {" | ".join(heads)} |', '|---' * (len(heads) + 1) + '|']
         for name in names:
             known = {score.key: score for score in reports[name].scores}
-            lines.append(f'| `{name}` | {" | ".join(cell(known.get(key), 0) for key in columns)} |')
+            lines.append(f'| `{name}` | {" | ".join(cell(known.get(key)) for key in columns)} |')
         tables.append('\n'.join(lines))
     return '\n\n'.join(tables)
 
 
-def compare(reports: Sequence[Report], names: Sequence[str] = (), first_only: bool = False) -> str:
-    """One Markdown table of several models, a row for each attack; the best that is not masked in bold.
+def compare(
+    reports: Sequence[Report], names: Sequence[str] = (), first_only: bool = False, intervals: bool = False
+) -> str:
+    """One Markdown table of several models, a row for each attack; those that lead are bold (see ``leaders``).
 
-    Nothing is best where nothing withstands, where it is the only one that is not masked, or where the models were not
-    attacked alike (other settings, or images of another net), which the row says. Stages of AutoAttack are left out
-    where they left right what the whole attack did.
+    None leads where the models were not attacked alike (other settings, or images of another net), which the row says.
+    Stages of AutoAttack are left out where they left right what the whole attack did.
 
     Args:
         reports: Of the same images.
         names: Column heads; the models' names if left out.
         first_only: Show only what the first report has measured.
+        intervals: Show 95% intervals (Wilson), too.
 
     Raises:
         ValueError: The reports are of different data or images.
@@ -93,10 +96,9 @@ def compare(reports: Sequence[Report], names: Sequence[str] = (), first_only: bo
         if variant.stage and [_correct(score) for score in same] == [_correct(score) for score in whole]:
             continue
         name = _name(attack, variant)
-        honest = [score.accuracy for score in same if score and not score.masked]
         alike = _attacked_alike(reports, attack)
-        comparable = alike and len(honest) > 1
-        cells = [cell(score, max(honest, default=0) if comparable else 0) for score in same]
+        leading = leaders(same) if alike else [False] * len(same)
+        cells = [cell(score, leads, intervals) for score, leads in zip(same, leading, strict=True)]
         rows.append(f'| {name}{"" if alike else " (settings differ)"} | {n} | {" | ".join(cells)} |')
         distances = [score.median_distance if score else None for score in same]
         if any(distances):
@@ -140,11 +142,32 @@ def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
     return all(each == alike[0] for each in alike)
 
 
-def cell(score: Score | None, best: float) -> str:
-    """In percent; bold where it is the best, but 0 never is."""
+def leaders(scores: Sequence[Score | None]) -> list[bool]:
+    """Which scores under one attack are the best: the highest, and those that so many images do not tell from it.
+
+    Masked ones never are, and none is where nothing withstands or all are alike. The test is that of two proportions,
+    at 95%; as the models saw the same images, it errs on the side of not telling them apart.
+    """
+    honest = [score for score in scores if score and not score.masked]
+    top = max(honest, key=lambda score: score.accuracy, default=None)
+    if top is None or not any(_below(score, top) for score in honest):
+        return [False] * len(scores)
+    return [bool(score and not score.masked and not _below(score, top)) for score in scores]
+
+
+def _below(score: Score, top: Score) -> bool:
+    share = (score.correct + top.correct) / (score.n + top.n)
+    error = math.sqrt(share * (1 - share) * (1 / score.n + 1 / top.n))
+    return top.accuracy - score.accuracy > 1.96 * error
+
+
+def cell(score: Score | None, leads: bool = False, interval: bool = False) -> str:
+    """In percent, with the 95% interval if asked for; bold where it leads."""
     if score is None:
         return ''
     text = f'{100 * score.accuracy:.2f}'
-    if score.masked:
-        return f'{text} (masked)'
-    return f'**{text}**' if score.accuracy == best > 0 else text
+    text = f'**{text}**' if leads else text
+    if interval:
+        low, high = score.interval
+        text += f' ({100 * low:.1f} to {100 * high:.1f})'
+    return f'{text} (masked)' if score.masked else text

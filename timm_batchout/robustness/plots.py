@@ -8,6 +8,7 @@ from typing import Any
 from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.report import Report, Variant
 from timm_batchout.robustness.tables import TITLES, attack_title
+from timm_batchout.text import format_radius
 
 __all__ = ['draw_curves', 'pyplot', 'save_figure']
 
@@ -16,7 +17,9 @@ ITERATED = ('deepfool', 'deepfool_unclipped')  # over iterations, not radii
 
 
 def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
-    """A panel for each attack with several radii (or iterations); bands are 95% intervals, masked curves are dashed.
+    """A panel for AutoAttack, and for each attack with several radii (or iterations).
+
+    Bands are 95% intervals; masked curves are dashed.
 
     Args:
         reports: Of the same data.
@@ -28,8 +31,10 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     plt = pyplot()
     from matplotlib.lines import Line2D
 
-    curves = {attack: _variants(reports, attack) for attack in TITLES}
-    curves = {attack: variants for attack, variants in curves.items() if len(variants) > 1}
+    # AutoAttack comes first, and is worth a panel with one radius, too: it is the number that counts.
+    order = sorted(TITLES, key=lambda attack: not attack.startswith('autoattack'))
+    curves = {attack: _variants(reports, attack) for attack in order}
+    curves = {attack: v for attack, v in curves.items() if len(v) > 1 or (v and attack.startswith('autoattack'))}
     if not curves:
         raise ValueError('There is no curve to draw: evaluate an attack at two radii or more.')
     columns = min(len(curves), COLUMNS)
@@ -48,9 +53,16 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
             scores = [report.score('clean'), *(score for _, score in points)]
             masked = any(score.masked for score in scores)
             any_masked |= masked
-            (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], '--' if masked else '-', marker='.')
-            low, high = zip(*(score.interval for score in scores), strict=True)
-            ax.fill_between(xs, [100 * v for v in low], [100 * v for v in high], color=line.get_color(), alpha=0.15)
+            style = 'none' if len(points) == 1 else '--' if masked else '-'  # one radius is no curve
+            (line,) = ax.plot(xs, [100 * s.accuracy for s in scores], linestyle=style, marker='.')
+            low, high = ([100 * edge for edge in edges] for edges in zip(*(s.interval for s in scores), strict=True))
+            if style != 'none':
+                ax.fill_between(xs, low, high, color=line.get_color(), alpha=0.15)
+            else:
+                ax.vlines(xs, low, high, color=line.get_color())
+        labels = [format_radius(x) for x in variants.values()]
+        if attack not in ITERATED and any('/255' in label for label in labels):
+            ax.set_xticks([0.0, *variants.values()], ['0', *labels], fontsize=8)
         unit = 'iterations' if attack in ITERATED else 'standard deviation' if attack == 'noise' else 'radius'
         ax.set(title=attack_title(attack), xlabel=unit + ', pixels in [0, 1]' * (attack not in ITERATED), ylim=(0, 100))
         ax.grid(alpha=0.3)

@@ -168,11 +168,11 @@ def test_curves_in_rows_of_three(tmp_path):
         one.scores += [Score(attack, 30, 100, norm, radius, masked=attack == 'pgd') for radius in (0.1, 0.2)]
     draw_curves([one, report('twin')], tmp_path / 'curves.svg')
     svg = (tmp_path / 'curves.svg').read_text()
-    assert len(re.findall(r'id="axes_\d+"', svg)) == 5
+    assert len(re.findall(r'id="axes_\d+"', svg)) == 6
     texts = re.findall(r'<!-- (.*?) -->', svg)
-    assert {'PGD Linf', 'PGD L2', 'twin', 'net', 'dashed: gradients masked, overstated'} <= set(texts)
+    assert {'AutoAttack Linf', 'PGD Linf', 'PGD L2', '2/255', '8/255', 'twin', 'net', 'dashed: gradients masked, overstated'} <= set(texts)
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
-    assert 1 < width / height < 3, 'five panels in two rows'
+    assert 1 < width / height < 3, 'six panels in two rows'
 
 
 def test_masked_figures_say_so_in_the_metadata():

@@ -16,6 +16,7 @@ __all__ = [
     'modes_kept',
     'normalization',
     'seeded',
+    'stated_cfg',
     'states_normalization',
 ]
 
@@ -66,16 +67,17 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
         ``mean`` and ``std`` of its ``pretrained_cfg``; ``(0.0,)`` and ``(1.0,)`` for a model that states none, whose
         input is plain [0, 1] pixels.
     """
-    cfg = _stated_cfg(model)
+    cfg = stated_cfg(model)
     return tuple(cfg.get('mean') or (0.0,)), tuple(cfg.get('std') or (1.0,))
 
 
 def states_normalization(model: nn.Module) -> bool:
     """Whether ``normalization`` is what the model states; else plain [0, 1] pixels are assumed."""
-    return bool(_stated_cfg(model).get('mean') and _stated_cfg(model).get('std'))
+    return bool(stated_cfg(model).get('mean') and stated_cfg(model).get('std'))
 
 
-def _stated_cfg(model: nn.Module) -> dict[str, Any]:
+def stated_cfg(model: nn.Module) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` of a model, through wrappers; empty where there is none."""
     inner: Any = model
     while isinstance(inner, nn.Module) and not getattr(inner, 'pretrained_cfg', None):
         inner = getattr(inner, '_orig_mod', None) or getattr(inner, 'module', None)

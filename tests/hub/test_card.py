@@ -170,7 +170,16 @@ def test_curves_in_rows_of_three(tmp_path):
     svg = (tmp_path / 'curves.svg').read_text()
     assert len(re.findall(r'id="axes_\d+"', svg)) == 6
     texts = re.findall(r'<!-- (.*?) -->', svg)
-    assert {'AutoAttack Linf', 'PGD Linf', 'PGD L2', '2/255', '8/255', 'twin', 'net', 'dashed: gradients masked, overstated'} <= set(texts)
+    assert {
+        'AutoAttack Linf',
+        'PGD Linf',
+        'PGD L2',
+        '2/255',
+        '8/255',
+        'twin',
+        'net',
+        'dashed: gradients masked, overstated',
+    } <= set(texts)
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
     assert 1 < width / height < 3, 'six panels in two rows'
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from timm_batchout.data.images import DatasetImages, Images, Split
-from timm_batchout.pixels import PixelModel, frozen, modes_kept, seeded, states_normalization
+from timm_batchout.pixels import PixelModel, frozen, modes_kept, seeded, stated_cfg, states_normalization
 from timm_batchout.provenance import environment
 from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available
 from timm_batchout.robustness.chunks import Chunk, Chunks
@@ -76,7 +76,7 @@ def evaluate(
         audit: Check for gradient masking, and mark what it spoils.
         batch_size: Images per chunk.
         seed: Of the draw and of the attacks.
-        name, data: For the report.
+        name, data: For the report; without a name, timm's of the architecture, or the class.
         chunks: Where finished chunks are kept, for an interrupted evaluation to resume from; None: in memory only.
         rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
         wait: Returns when all processes have come to it.
@@ -155,7 +155,7 @@ def evaluate(
         for score in scores:
             score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, found)
     return Report(
-        model=name or type(model).__name__,
+        model=name or stated_cfg(model).get('architecture') or type(model).__name__,
         data=data,
         n=scores[0].n,
         indices=f'the first n of torch.randperm({len(everything)}), seed {seed}',

@@ -133,11 +133,11 @@ def stage(
     """
     if weights.suffix != '.safetensors':
         raise ValueError(f'Only safetensors are published, got {str(weights)!r}: pickles can run code.')
+    repo = repo or f'{NAMESPACE}/{model}'
+    _check_repo(repo)
     net = _plain(model, weights, model_args or {})
     trained_with = run.get('recipe', {}).get('model', model)
-    return stage_net(
-        net, weights, report, run, cards, repo or f'{NAMESPACE}/{model}', twin, nets, trained_with, license
-    )
+    return stage_net(net, weights, report, run, cards, repo, twin, nets, trained_with, license)
 
 
 def stage_net(
@@ -153,9 +153,7 @@ def stage_net(
     license: str = '',
 ) -> Staged:
     """As ``stage``, of a net that is there already and whose state_dict is in the file ``weights``."""
-    validate_repo_id(repo)
-    if repo.count('/') != 1:
-        raise ValueError(f'repo must be NAMESPACE/NAME, got {repo!r}.')
+    _check_repo(repo)
     if weights_sha256(net) != report.weights_sha256:
         raise ValueError(f'The report is not of these weights ({str(weights)!r}): evaluate them first.')
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -185,6 +183,12 @@ def stage_net(
         (folder / 'curves.svg').unlink(missing_ok=True)  # of an earlier report
     write_atomically(folder / 'README.md', card)
     return Staged(repo, folder, weights)
+
+
+def _check_repo(repo: str) -> None:
+    validate_repo_id(repo)
+    if repo.count('/') != 1:
+        raise ValueError(f'repo must be NAMESPACE/NAME, got {repo!r}.')
 
 
 def _plain(model: str, weights: Path, model_args: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
     timm-batchout evaluate mnist_cnn --checkpoint runs/pgd/model.safetensors --output report.json ...
     python recipes/paper/bundle_weights.py runs/pgd mnist_cnn.pgd_at_mnist report.json
 
-``--weights`` names another file of the run: ``best.safetensors``, or ``half.safetensors`` (see half.py).
+``--weights best.safetensors`` takes those of the epoch with the highest validation accuracy.
 README's table is made anew from the reports of all bundled weights.
 """
 

@@ -201,6 +201,7 @@ def test_contributing_shows_what_was_recorded():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # ten audits
 @pytest.mark.parametrize('name', ['mnist_cnn, dropout', 'CNN', 'linear', 'PGD training 0.2'])
 def test_the_verdict_on_an_honest_net_is_the_same_for_ten_seeds(name):
     model, split = planted.HONEST[name](), planted.digits(False)

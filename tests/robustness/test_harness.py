@@ -234,6 +234,25 @@ main(sys.argv[1:])
 """
 
 
+def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    module = sys.modules['timm_batchout.robustness.harness']
+    chunk, calls = module._chunk, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return chunk(*args)
+
+    command = ['evaluate', 'mnist_cnn', '--data.name', 'digits', '--images', '20', '--batch_size', '5']
+    command += ['--audit', 'false', '--device', 'cpu', '--output', str(tmp_path / 'report.json')]
+    monkeypatch.setattr(module, '_chunk', interrupted)
+    assert main(command) == 2
+    assert 'Finished chunks are kept: the same command goes on' in capsys.readouterr().err
+    assert len(list(tmp_path.rglob('*_*.json'))) == 2
+    assert main(command) == 0 and len(calls) == 3 + 8 - 2, 'what was finished is not measured again'
+
+
 def test_killed_and_resumed(tmp_path, capsys):
     command = [
         'evaluate', 'batchout_mnist_cnn', '--data.name', 'digits', '--images', '20', '--attacks', '[fgsm, pgd]',

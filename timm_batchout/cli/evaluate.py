@@ -83,26 +83,31 @@ def run(config: EvaluateConfig) -> int:
     state = _processes()
     chunks = Chunks(Path(f'{config.output}.chunks') if config.output else None, config.resume)
     device = config.device or str(state.device)
-    report = evaluate(
-        model.to(device),
-        images,
-        attacks=config.attacks,
-        eps=config.eps,
-        eps_l2=config.eps_l2,
-        settings=config.settings,
-        transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
-        n=config.images,
-        audit=config.audit,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        name=config.checkpoint or config.model,
-        data=data_label(config.data),
-        chunks=chunks,
-        rank=state.process_index,
-        world_size=state.num_processes,
-        wait=state.wait_for_everyone,
-        progress=True,
-    )
+    try:
+        report = evaluate(
+            model.to(device),
+            images,
+            attacks=config.attacks,
+            eps=config.eps,
+            eps_l2=config.eps_l2,
+            settings=config.settings,
+            transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
+            n=config.images,
+            audit=config.audit,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            name=config.checkpoint or config.model,
+            data=data_label(config.data),
+            chunks=chunks,
+            rank=state.process_index,
+            world_size=state.num_processes,
+            wait=state.wait_for_everyone,
+            progress=True,
+        )
+    except KeyboardInterrupt as error:
+        if config.output:
+            raise KeyboardInterrupt('interrupted. Finished chunks are kept: the same command goes on.') from error
+        raise KeyboardInterrupt('interrupted. With --output, finished chunks would have been kept.') from error
     state.wait_for_everyone()  # all have read the chunks
     if state.is_main_process:
         print(table(report))

@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f'there is no file {str(error.filename)!r}.' if error.filename else str(error))
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return _fail('interrupted')
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or 'interrupted')
 
 
 def _overview() -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -280,7 +281,10 @@ class Trainer:
             if 'val_robust_accuracy' in record:
                 line += f'robust {record["val_robust_accuracy"]:.4f}  '
             line += f'logit std {record["val_logit_std"]:.1f}  '
-        tqdm.write(line + f'{record["images_per_second"]:.0f} images/s')
+        metrics = self.progress.metrics
+        left = (self.config.epochs - record['epoch']) * sum(r['seconds'] for r in metrics) / len(metrics)
+        line += f'{record["images_per_second"]:.0f} images/s'
+        tqdm.write(line + (f'  {timedelta(seconds=round(left))} to go' if left else ''))
 
     def _all_losses(self) -> Tensor:
         """Of all processes in this epoch, (processes, forwards)."""

@@ -56,7 +56,7 @@ def configure(config_class: type[Config], recipe: str | Path | Mapping[str, Any]
     return _checked(config_class, lambda parser: parser.parse_object(_numbers(config_class, _merge(values, plain))))
 
 
-def _has_default(field: Field) -> bool:
+def _has_default(field: Field[Any]) -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
 
 

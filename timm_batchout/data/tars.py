@@ -18,7 +18,7 @@ class _Member(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> '_Member':
         try:
-            return super().fromtarfile(tar)  # type: ignore[return-value]
+            return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
             tar.ended = error  # type: ignore[attr-defined]
             raise

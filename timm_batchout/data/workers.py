@@ -287,7 +287,7 @@ class TimmLoader:
         self._keys[:] = [(self.epoch, int(index)) for index in mine]
         yield from self._batches
 
-    def _indexed(self) -> DataLoader:
+    def _indexed(self) -> DataLoader[Any]:
         dataset = self.split.open(image_mode=self.image_mode)
         workers = min(self.split.config.workers, os.cpu_count() or 1)  # how many, does not change an image
         return self._data_loader(
@@ -311,7 +311,7 @@ class TimmLoader:
             if i >= self.start and (self.shuffle or i % self.world_size == self.rank):
                 yield batch
 
-    def _data_loader(self, images: Dataset, workers: int, **options: Any) -> DataLoader:
+    def _data_loader(self, images: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
         return DataLoader(
             images,
             self.batch_size,
@@ -376,7 +376,7 @@ class TimmImages:
         return images[labels >= 0], labels[labels >= 0]
 
 
-class IndexedImages(Dataset):
+class IndexedImages(Dataset[Any]):
     """Images by (epoch, index), transformed with random numbers that depend on these and the seed alone.
 
     Args:
@@ -420,7 +420,7 @@ class IndexedImages(Dataset):
         return str(self.dataset.filename(index)) if hasattr(self.dataset, 'filename') else str(index)
 
 
-class StreamedImages(IterableDataset):
+class StreamedImages(IterableDataset[Any]):
     """The images of a stream, transformed with random numbers that depend on seed, epoch, worker and count alone."""
 
     def __init__(self, dataset: Any, transform: Callable[[Any], np.ndarray], key: tuple[int, int]):

@@ -166,8 +166,8 @@ def _autoattack(norm: str) -> Run:
                 left = right.nonzero()[:, 0]
                 if len(left):
                     with seeded(seed):
-                        attack = AutoAttack(model, eps=radius, norm=norm, seed=seed, device=images.device)  # type: ignore[arg-type]
-                        attack.attacks_to_run = [stage]  # type: ignore[list-item]
+                        attack = AutoAttack(model, eps=radius, norm=norm, seed=seed, device=images.device)
+                        attack.attacks_to_run = [stage]
                         attack.fab.n_target_classes = min(9, classes - 1)
                         attack.apgd_targeted.n_target_classes = min(9, classes - 1)
                         attacked, _ = attack.run_standard_evaluation(images[left], labels[left], batch_size=len(left))

@@ -35,7 +35,7 @@ Plan = tuple[int, list[float]]  # how many images an attack is run on, and its r
 @torch.enable_grad()  # attacks need gradients, also where the caller is inside no_grad
 def evaluate(
     model: nn.Module,
-    images: Tensor | Images | Dataset,
+    images: Tensor | Images | Dataset[Any],
     labels: Tensor | None = None,
     attacks: Sequence[str] = ('fgsm',),
     eps: Sequence[str | float] = ('8/255',),

@@ -1,6 +1,6 @@
 """Accuracy of a model on a split while it trains: per image, on all processes together, each image once."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ def score(
     sites = activation_sites(model)
     norms = torch.zeros(len(sites), 2, device=accelerator.device, dtype=torch.float64)  # sum and count
 
-    def watch(row: Tensor):
+    def watch(row: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             row.add_(torch.stack([args[0].float().flatten(1).norm(dim=1).sum(), row.new_tensor(len(args[0]))]))
 

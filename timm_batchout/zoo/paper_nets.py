@@ -332,7 +332,7 @@ def _create(variant: str, net: Callable[..., PaperNet], pretrained: bool, **kwar
 
 
 def _create_batchout(
-    variant: str, net: partial, paper_eta: dict[str, Any], pretrained: bool, **kwargs: Any
+    variant: str, net: partial[PaperNet], paper_eta: dict[str, Any], pretrained: bool, **kwargs: Any
 ) -> PaperNet:
     """The net with BatchOut hooked in. Keyword arguments named as in ``BatchOutConfig`` override the paper's values."""
     chosen = {name: kwargs.pop(name) for name in BatchOutConfig.__dataclass_fields__ if name in kwargs}

@@ -120,7 +120,7 @@ def test_architectures_registered_later_get_a_twin_by_a_call():
     register_model(late_net)
     with pytest.raises(ValueError, match='register_twins'):
         check_model_name('batchout_late_net')
-    assert register_twins() == ['batchout_late_net']
+    assert 'batchout_late_net' in register_twins()  # beside what other tests have registered
     assert register_twins() == register_twins(['late_net']) == register_twins('late_net') == []
     assert len(batchout_sites(timm.create_model('batchout_late_net', num_classes=2))) == 17
     check_model_name('batchout_late_net')

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 
 from timm_batchout.cli.main import main
 from timm_batchout.data.config import DataConfig
@@ -19,19 +18,10 @@ pytestmark = pytest.mark.hub
 
 
 @pytest.fixture(scope='module')
-def animals(tmp_path_factory):
+def animals(tmp_path_factory, make_class_folders):
     """Pictures of several sizes; one of the test pictures is broken."""
     root = tmp_path_factory.mktemp('animals')
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (('train', 24), ('validation', 8)):
-        for i, label in enumerate(('ant', 'bee', 'cat')):
-            folder = root / part / label
-            folder.mkdir(parents=True)
-            for j in range(count):
-                size = (60 + 4 * (j % 5), 70 - 3 * (j % 4), 3)
-                noise = torch.randint(0, 120, size, generator=generator)
-                noise[:, :, i] += 100
-                Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f'{j}.png')
+    make_class_folders(root, train=24, validation=8)
     (root / 'validation' / 'bee' / '3.png').write_bytes(b'broken')
     return root
 

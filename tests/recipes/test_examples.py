@@ -5,22 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from PIL import Image
-
 EXAMPLES = Path(__file__).parents[2] / 'recipes' / 'examples'
 
 
-def test_own_images(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for part in ('train', 'validation'):
-        for i, label in enumerate(('ant', 'bee', 'cat')):
-            folder = tmp_path / 'animals' / part / label
-            folder.mkdir(parents=True)
-            for j in range(20):
-                noise = torch.randint(0, 120, (50 + j % 5, 60 - j % 4, 3), generator=generator)
-                noise[:, :, i] += 100
-                Image.fromarray(noise.to(torch.uint8).numpy()).save(folder / f'{j}.png')
+def test_own_images(tmp_path, make_class_folders):
+    make_class_folders(tmp_path / 'animals', train=20, validation=20)
     output = tmp_path / 'runs'
     command = [
         sys.executable, str(EXAMPLES / 'own_images.py'), str(tmp_path / 'animals'), '--model', 'test_resnet',

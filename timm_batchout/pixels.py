@@ -77,7 +77,7 @@ def states_normalization(model: nn.Module) -> bool:
 
 
 def stated_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's ``pretrained_cfg`` of a model, through wrappers; empty where there is none."""
+    """The ``pretrained_cfg`` of a timm model, found through wrappers; empty if the model has none."""
     inner: Any = model
     while isinstance(inner, nn.Module) and not getattr(inner, 'pretrained_cfg', None):
         inner = getattr(inner, '_orig_mod', None) or getattr(inner, 'module', None)

@@ -2,9 +2,8 @@
 
     python recipes/robust/compare.py --root data/mnist
 
-Short runs of ``mnist_cnn_pgd.yaml``, measured on the held-out images. Finished ones under runs/robust are kept, so that
-a broken-off comparison goes on where it was. Writes batchout.json and, from it and the reports of the published nets,
-RESULTS.md.
+Short runs of ``mnist_cnn_pgd.yaml``, measured on the held-out images. Finished runs under runs/robust are kept, so that
+an interrupted comparison resumes. Writes batchout.json, and RESULTS.md from it and the reports of the published nets.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def measure(arm: str, seed: int, root: str, runs: Path) -> dict[str, Any]:
 
 
 def write_up(results: list[dict[str, Any]]) -> str:
-    """RESULTS.md, but for its conclusion, from the JSON files alone."""
+    """RESULTS.md except for its conclusion, from the JSON files alone."""
     first = results[0]
     objective, robust_val = first['recipe']['objective'], first['recipe']['robust_val']
     seeds = sorted({r['seed'] for r in results})

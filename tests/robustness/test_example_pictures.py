@@ -39,18 +39,8 @@ def test_the_picture_shows_the_images_within_the_radius_and_who_is_fooled(tmp_pa
 
 
 def test_evaluate_draws_them(tmp_path, capsys):
-    command = [
-        'evaluate',
-        'mnist_cnn',
-        '--data.name',
-        'digits',
-        '--images',
-        '60',
-        '--audit',
-        'false',
-        '--attacks',
-        '[]',
-    ]
+    command = ['evaluate', 'mnist_cnn', '--data.name', 'digits', '--images', '60', '--audit', 'false']
+    command += ['--attacks', '[]']
     picture = tmp_path / 'new' / 'grid.png'
     assert main([*command, '--eps', '0.1', '0.3', '--examples', str(picture)]) == 0
     with Image.open(picture) as image:

@@ -121,9 +121,7 @@ def run(config: EvaluateConfig) -> int:
         if config.examples:
             from timm_batchout.robustness.examples import draw_examples
 
-            draw_examples(
-                model, images, max(parse_radius(eps) for eps in config.eps), config.examples, seed=config.seed
-            )
+            draw_examples(model, images, max(radii), config.examples, seed=config.seed)
     if expected:
         different = differences(report, expected)
         if state.is_main_process:

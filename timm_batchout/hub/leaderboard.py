@@ -57,7 +57,7 @@ def _markdown(tables: Tables) -> str:
         '',
         'Written by `timm-batchout publish --all` from the results.json of each model. Accuracy in percent; '
         '"masked": the audit found that gradients mislead this attack, so that the number overstates robustness; '
-        'bold: the best of a column, and what so many images do not tell from it. Intervals and controls are in the '
+        'bold: the best of a column, and those not significantly different from it. Intervals and controls are in the '
         'cards. As a page, with curves: index.html.',
         '',
     ]

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from timm_batchout.data.images import Images
 from timm_batchout.pixels import PixelModel, frozen, gradient_sign, modes_kept
+from timm_batchout.robustness.harness import drawn, in_pixels, read_pixels
 from timm_batchout.robustness.plots import pyplot, save_figure
+from timm_batchout.text import format_radius
 
 __all__ = ['draw_examples']
 
 STEPS = 40
+LOOKED_AT = 100  # images, for some that are classified right
 
 
 def draw_examples(
@@ -35,17 +38,14 @@ def draw_examples(
     Raises:
         ValueError: None of the first 100 images is classified right.
     """
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:100]
-    x, y = images.select(order).read(slice(0, 100))
-    device = next(model.parameters(), torch.empty(0)).device
-    pixels = (x.float() / 255 if x.dtype == torch.uint8 else x.float()).to(device)
-    labels = y.to(device)
     with modes_kept(model):
-        net = PixelModel(model).to(device)
+        net = in_pixels(model)
+        some = images.select(drawn(len(images), min(LOOKED_AT, len(images)), seed))
+        pixels, labels = read_pixels(some, slice(0, LOOKED_AT), 0, net.mean.device)
         with torch.no_grad():
             chosen = (net(pixels).argmax(1) == labels).nonzero()[:count, 0]
         if not len(chosen):
-            raise ValueError(f'None of {len(x)} images is classified right: there is nothing to attack.')
+            raise ValueError(f'None of {len(pixels)} images is classified right: there is nothing to attack.')
         pixels, labels = pixels[chosen], labels[chosen]
         with frozen(net):
             attacked = _pgd(net, pixels, labels, radius)
@@ -83,7 +83,6 @@ def _draw(rows: Sequence[Tensor], before: Tensor, after: Tensor, names: list[str
                 ax.spines[:].set(**options)
         axes[0, column].set_title(seen(before[column]), fontsize=9)
         axes[2, column].set_title(seen(after[column]), fontsize=9, color='tab:red' if fooled else 'black')
-    shown = f'{radius * 255:g}/255' if (radius * 255).is_integer() else f'{radius:g}'
-    for row, text in enumerate(('image', f'perturbation,\nup to {shown}', 'both')):
+    for row, text in enumerate(('image', f'perturbation,\nup to {format_radius(radius)}', 'both')):
         axes[row, 0].set_ylabel(text)
     save_figure(figure, path)

@@ -21,7 +21,7 @@ from timm_batchout.robustness.masking import judge, measure, misled
 from timm_batchout.robustness.report import Audit, Report, Score, Variant
 from timm_batchout.text import parse_radius
 
-__all__ = ['evaluate', 'filled_in', 'weights_sha256']
+__all__ = ['drawn', 'evaluate', 'filled_in', 'in_pixels', 'read_pixels', 'weights_sha256']
 
 AUDIT_IMAGES = 200  # the audit looks at those of them that are classified right
 AUDIT = ('audit', 0)  # its job
@@ -103,8 +103,8 @@ def evaluate(
         raise ValueError('Several processes share their work in a folder: name one as chunks.')
     started = time.perf_counter()
     with modes_kept(model, *([] if transfer_from is None else [transfer_from])):
-        pixel_model, source = _in_pixels(model), None if transfer_from is None else _in_pixels(transfer_from)
-        chosen = everything.select(_drawn(len(everything), n, seed))
+        pixel_model, source = in_pixels(model), None if transfer_from is None else in_pixels(transfer_from)
+        chosen = everything.select(drawn(len(everything), n, seed))
         classes, shape = check_input(pixel_model, chosen)
         plans: dict[str, Plan] = {'clean': (len(chosen), [])}
         plans |= {attack: _plan(attack, options[attack], radii, len(chosen)) for attack in attacks}
@@ -134,7 +134,7 @@ def evaluate(
             audited = (attack, start) == AUDIT
             size, eps_of = (min(AUDIT_IMAGES, len(chosen)), []) if audited else plans[attack]
             end = size if audited else min(start + batch_size, size)
-            x, y = _read(chosen, slice(start, end), classes, pixel_model.mean.device)
+            x, y = read_pixels(chosen, slice(start, end), classes, pixel_model.mean.device)
 
             def measured() -> Chunk:
                 if audited:
@@ -171,7 +171,7 @@ def evaluate(
     )
 
 
-def _in_pixels(model: nn.Module) -> PixelModel:
+def in_pixels(model: nn.Module) -> PixelModel:
     either_format = states_normalization(model)  # a timm net
     device = next(model.parameters(), torch.empty(0)).device
     return PixelModel(model, channels_last=either_format).to(device)
@@ -189,7 +189,7 @@ def _as_images(images: Any, labels: Tensor | None) -> Images:
     return images if hasattr(images, 'read') else DatasetImages(images)
 
 
-def _drawn(total: int, n: int, seed: int) -> Tensor:
+def drawn(total: int, n: int, seed: int) -> Tensor:
     """n images in random order, so that any first part of them is a fair sample."""
     if not total:
         raise ValueError('There are no images to evaluate on.')
@@ -198,7 +198,7 @@ def _drawn(total: int, n: int, seed: int) -> Tensor:
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: n or None]
 
 
-def _read(images: Images, part: slice, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def read_pixels(images: Images, part: slice, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """A chunk in [0, 1] pixels, float32, and its labels, checked.
 
     Raises:
@@ -249,7 +249,7 @@ def check_input(model: PixelModel, images: Images) -> tuple[int, torch.Size]:
         )
     with torch.no_grad(), seeded(0):
         try:
-            first, _ = _read(images, slice(0, 2), 0, model.mean.device)
+            first, _ = read_pixels(images, slice(0, 2), 0, model.mean.device)
             logits = model(first)
         except AttributeError as error:
             raise ValueError(f'The model must return a tensor of logits (B, classes): {error}.') from error

@@ -85,8 +85,9 @@ def compare(
     if len({(report.data, report.indices, report.n) for report in reports}) != 1:
         raise ValueError('The reports are of different images: they cannot stand in one table.')
     heads = [name.replace('|', '\\|') for name in (reports[0].data, *(names or [report.model for report in reports]))]
+    what = f'{heads[0]}, accuracy %' if heads[0] else 'accuracy %'
     rows = [
-        f'| {f"{heads[0]}, " if heads[0] else ""}accuracy % | n | {" | ".join(heads[1:])} |',
+        f'| {what} | n | {" | ".join(heads[1:])} |',
         '|---' * (len(reports) + 2) + '|',
     ]
     known = [{(*score.key, score.n): score for score in report.scores} for report in reports]
@@ -143,10 +144,10 @@ def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
 
 
 def leaders(scores: Sequence[Score | None]) -> list[bool]:
-    """Which scores under one attack are the best: the highest, and those that so many images do not tell from it.
+    """The best scores under one attack: the highest, and those not significantly different from it.
 
-    Masked ones never are, and none is where nothing withstands or all are alike. The test is that of two proportions,
-    at 95%; as the models saw the same images, it errs on the side of not telling them apart.
+    Masked scores are never among them. None is best if nothing is left right, or if no score differs significantly.
+    The test compares two proportions at 95%; because the models saw the same images, it is conservative.
     """
     honest = [score for score in scores if score and not score.masked]
     top = max(honest, key=lambda score: score.accuracy, default=None)

@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d, is_scriptable
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_function
 from torch import Tensor, nn

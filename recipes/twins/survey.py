@@ -467,13 +467,13 @@ def main() -> None:
             _walk(jobs, arguments.workers, arguments.memory * 2**30 / arguments.workers, done)
         save()
 
-    walk(todo, compiled=False, add_to={})
     lacking = {
         arch: record
         for arch, record in known.items()
         if record.get('device') == 'cpu' and 'error' not in record and not set(CHECKS) <= set(record)
     }
     walk(list(lacking), compiled=False, add_to=lacking)
+    walk(todo, compiled=False, add_to={})
     # Again, compiled, the smallest net of every family: only now are the sizes known.
     smallest = [arch for arch in representatives(known).values() if not arguments.only or arch in wanted]
     walk([arch for arch in smallest if 'compiled' not in known[arch]], compiled=True, add_to={})

@@ -352,7 +352,7 @@ def test_compile_with_the_default_autograd_backend_gives_the_stated_gradient():
         (dict(eta=(0.2, 0.1)), r'low <= high.*\(0.2, 0.1\)'),
         (dict(eta=(0.0, 0.1, 0.2)), 'pair'),
         (dict(eta='0.1'), "eta .*'0.1'"),
-        (dict(eta=torch.rand(2)), 'as eta, .* 0-d'),
+        (dict(eta=torch.rand(2)), 'eta, or a bound of it, must be a 0-d tensor'),
         (dict(k='0.5'), "k .*'0.5'"),
         (dict(k=None), 'k .*None'),
         (dict(select='last'), "select .*'last'"),

@@ -150,7 +150,7 @@ def test_a_pattern_that_matches_nothing_leaves_the_model_untouched(net, config, 
 def test_adding_twice_is_refused(net):
     add_batchout(net)
     hooks = [list(module._forward_pre_hooks.items()) for module in net.modules()]
-    with pytest.raises(ValueError, match='has BatchOut already'):
+    with pytest.raises(ValueError, match='already has BatchOut'):
         add_batchout(net)
     assert [list(module._forward_pre_hooks.items()) for module in net.modules()] == hooks
 

@@ -104,12 +104,12 @@ def chain(path):
     'write, message',
     [
         (bomb, 'more than 100 aliases'),
-        (chain, 'based on more than 20 recipes'),
-        (lambda path: path.write_text('model_args: ' + '[' * 3000 + ']' * 3000), 'more than 50 levels deep'),
+        (chain, 'a chain of more than 20 bases'),
+        (lambda path: path.write_text('model_args: ' + '[' * 3000 + ']' * 3000), 'more than 50 levels'),
         (lambda path: path.write_text('a: [1'), 'cannot be read as YAML'),
         (lambda path: path.write_bytes(b'\xff\xfe\x00'), 'cannot be read as YAML'),
-        (lambda path: path.write_text('- 1'), 'must hold a mapping'),
-        (lambda path: None, 'There is no recipe'),
+        (lambda path: path.write_text('- 1'), 'must contain a mapping'),
+        (lambda path: None, 'does not exist'),
         (lambda path: path.mkdir(), 'cannot be read as YAML'),
     ],
 )
@@ -122,7 +122,7 @@ def test_files_that_are_no_recipe(tmp_path, capsys, write, message):
 
 
 def test_a_name_that_no_file_can_have():
-    with pytest.raises(ValueError, match='no file name'):
+    with pytest.raises(ValueError, match='not a file name'):
         parse(TrainConfig, ['--config', 'a\0b'])
     for name in ('output', 'data.root'):
         with pytest.raises(ValueError, match=f'{name} holds a NUL character'):

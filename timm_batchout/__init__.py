@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from timm_batchout.hub.publish import publish
     from timm_batchout.inject import add_batchout, batchout_sites, remove_batchout
     from timm_batchout.layer import BatchOut, BatchOutConfig
+    from timm_batchout.robustness import attacks
     from timm_batchout.robustness.harness import evaluate
     from timm_batchout.robustness.report import Report
     from timm_batchout.robustness.tables import compare
@@ -24,6 +25,7 @@ __all__ = [
     'BatchOutConfig',
     'Report',
     'add_batchout',
+    'attacks',
     'batchout',
     'batchout_sites',
     'compare',
@@ -36,7 +38,7 @@ __all__ = [
     'train',
 ]
 
-# Loaded when they are asked for (PEP 562): training and attacks need packages that the method does not.
+# Loaded on first use (PEP 562): training and attacks need packages that the method does not.
 _MODULES = {
     'functional': ('batchout', 'gaussian_noise'),
     'hub.listing': ('list_robust',),
@@ -52,10 +54,15 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    module = next((module for module, names in _MODULES.items() if name in names), None)
-    if module is None:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    value = globals()[name] = getattr(import_module(f'{__name__}.{module}'), name)
+    value: Any
+    if name == 'attacks':
+        value = import_module(f'{__name__}.robustness.attacks')
+    else:
+        module = next((module for module, names in _MODULES.items() if name in names), None)
+        if module is None:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        value = getattr(import_module(f'{__name__}.{module}'), name)
+    globals()[name] = value
     return value
 
 
@@ -64,9 +71,10 @@ def __dir__() -> list[str]:
 
 
 def _is_command_line() -> bool:
-    """`timm-batchout ...` or `python -m timm_batchout.cli ...`: commands that need the models register them.
+    """Whether this process is `timm-batchout ...` or `python -m timm_batchout.cli ...`.
 
-    So that `--help`, `list` and a misspelt flag are answered without loading torch and timm.
+    Then each command registers the models itself if it needs them, so that `--help`, `list` and a misspelt flag are
+    answered without loading torch and timm.
     """
     return Path(sys.argv[0]).stem == 'timm-batchout' or sys.orig_argv[1:3] == ['-m', 'timm_batchout.cli']
 

@@ -2,7 +2,7 @@
 
 Subramanya, Mopuri, Babu: "BatchOut: Batch-level feature augmentation to improve robustness to adversarial
 examples", ICVGIP 2018. While a net trains, the first half of each mini-batch of pre-activations is pushed a little
-toward other samples of the same batch; the push is a constant to backward; at test time nothing happens.
+toward other samples of the same batch. Backward treats the push as a constant, and at test time nothing happens.
 """
 
 import math
@@ -22,7 +22,7 @@ def _push(
 ) -> Tensor:
     """Eq. 3, ``(1 - eta) * x_j + eta * target_j``, for the chosen samples (None: the first ones)."""
     out = x if inplace else x.clone()  # keeps the strides, where cat would not
-    # What is not recorded is a constant to backward, and to forward-mode AD: both see the identity.
+    # Backward and forward-mode AD treat what is not recorded as a constant: both see the identity.
     recorded = torch.is_grad_enabled() and not stop_gradient
     with torch.set_grad_enabled(recorded), _set_fwd_grad_enabled(not stop_gradient):
         if chosen is None:
@@ -54,15 +54,15 @@ def batchout(
         eta: Magnitude. A number, or a (low, high) pair to draw from uniformly. Either may be a 0-d tensor, whose
             value can then change between the calls of a compiled net without a recompilation.
         training: False makes this the identity.
-        per_sample: Draw one eta per augmented sample (True) or one per call. Without effect on a constant eta.
+        per_sample: Draw one eta per augmented sample (True) or one per call. No effect on a constant eta.
         select: Augment the 'first' samples of the batch, as in the paper, or a 'random' choice of them.
         stop_gradient: Treat the push as a constant in backward (paper, section 6.1): the gradient w.r.t. ``x`` is
             the upstream gradient, for every sample. False differentiates through the push, as a control.
-        inplace: Overwrite ``x``. Before an in-place activation, which would overwrite it anyway.
+        inplace: Overwrite ``x``. For use before an in-place activation, which would overwrite it anyway.
 
     Returns:
         A new tensor with the shape, dtype, device and (for dense ``x``) strides of ``x``. ``x`` itself if ``inplace``
-        is set or nothing is to be done: not training, ``m == 1``, ``floor(k * m) == 0`` or a constant eta of 0.
+        is set or there is nothing to do: not training, ``m == 1``, ``floor(k * m) == 0`` or a constant eta of 0.
 
     Raises:
         ValueError: k outside [0, 1]; eta negative, not finite, or a pair with low > high; unknown ``select``.
@@ -108,7 +108,7 @@ def gaussian_noise(
 
 
 def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -> int:
-    """How many samples to augment: floor(k * m), or 0 where the result is ``x`` itself."""
+    """How many samples to augment: floor(k * m), or 0 if the result is ``x`` itself."""
     if not training:
         return 0
     _check_k(k)
@@ -122,7 +122,7 @@ def _num_augmented(x: Tensor, k: float, eta: Eta, training: bool, select: str) -
 
 
 def _draw_eta(eta: Eta, count: int, x: Tensor) -> Tensor | float:
-    """A constant eta as it is; else draws of shape (count, 1, ...) in ``x``'s dtype, broadcastable over ``x[:n]``."""
+    """A constant eta unchanged; otherwise draws (count, 1, ...) in ``x``'s dtype, broadcastable over ``x[:n]``."""
     if isinstance(eta, (int, float)):
         return float(eta)
     shape = (count,) + (1,) * (x.ndim - 1)
@@ -144,19 +144,19 @@ def _check_k(k: float) -> None:
 
 
 def _check_eta(eta: Eta) -> None:
-    """Checks numbers only: reading a tensor's value would synchronise the device and break a compiled graph."""
+    """Check numbers only: reading a tensor's value would synchronise the device and break a compiled graph."""
     bounds = eta if isinstance(eta, (tuple, list)) else (eta, eta)
     if len(bounds) != 2:
         raise ValueError(f'eta must be a number or a (low, high) pair, got {eta!r}.')
     if any(isinstance(bound, Tensor) for bound in bounds):
         if any(isinstance(bound, Tensor) and bound.ndim for bound in bounds):
-            raise ValueError('A tensor as eta, or as a bound of it, must be 0-d: one magnitude, not one per feature.')
+            raise ValueError('eta, or a bound of it, must be a 0-d tensor: one magnitude, not one per feature.')
         return
     low, high = bounds
     for bound in bounds:
         if isinstance(bound, bool) or not isinstance(bound, (int, float)):
             raise ValueError(f'eta must be a number or a (low, high) pair of numbers, got {eta!r}.')
         if not math.isfinite(bound) or bound < 0:
-            raise ValueError(f'eta must be finite and not negative, got {eta!r}.')
+            raise ValueError(f'eta must be finite and at least 0, got {eta!r}.')
     if low > high:
         raise ValueError(f'eta=(low, high) needs low <= high, got {eta!r}.')

@@ -1,4 +1,4 @@
-"""BatchOut into any net, by forward pre-hooks: same parameters, state_dict keys and eval logits."""
+"""Add BatchOut to any net by forward pre-hooks: same parameters, state_dict keys and eval logits."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -28,16 +28,16 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None, **options:
     Args:
         model: Any net with activation modules (``nn.ReLU``, ``nn.GELU``, timm's own, ...). ``sites='block'`` and
             'stage' need timm's ``group_matcher``.
-        config: What to hook in, and where. None: the paper's k = 0.5 with eta = 0.1 at every activation.
+        config: What to add, and where. None: the paper's k = 0.5 with eta = 0.1 at every activation.
         **options: Fields of ``BatchOutConfig`` in place of a config: ``add_batchout(model, eta=(0, 0.1))``.
 
     Returns:
-        The same model, to chain.
+        The same model, so that calls can be chained.
 
     Raises:
-        ValueError: The model has BatchOut already, is compiled or scripted, or has no site of the kind asked for; a
+        ValueError: The model already has BatchOut, is compiled or scripted, or has no site of the requested kind; a
             pattern in ``config.sites`` or ``config.eta`` matches no site; attention around a site takes positions
-            first. The model is left untouched.
+            first. The model is left unchanged.
     """
     if config is not None and options:
         raise ValueError(f'Give a config or keywords, not both: got a config and {", ".join(options)}.')
@@ -45,7 +45,7 @@ def add_batchout(model: ModelT, config: BatchOutConfig | None = None, **options:
     if any(map(_is_compiled, model.modules())):
         raise ValueError('The model is compiled or scripted, so new hooks would never fire. Call add_batchout first.')
     if batchout_sites(model):
-        raise ValueError('This model has BatchOut already. Call remove_batchout(model) first to change it.')
+        raise ValueError('This model already has BatchOut. Call remove_batchout(model) first to change it.')
     sites = _find_sites(model, config)
     etas = _eta_by_site(config, list(sites))  # checks every pattern before the first hook is added
     _check_batch_first(model, list(etas))
@@ -75,7 +75,7 @@ def _hook(site: nn.Module, config: BatchOutConfig, eta: Any, images: ImageCount 
 
 
 class _ResetClassifier:
-    """``reset_classifier`` of a net with BatchOut: the activation inside a new MLP head gets BatchOut as well."""
+    """``reset_classifier`` of a net with BatchOut: the activation inside a new MLP head gets BatchOut, too."""
 
     def __init__(self, model: nn.Module, config: BatchOutConfig):
         self.model, self.config = model, config
@@ -93,9 +93,9 @@ class _ResetClassifier:
 
 
 def remove_batchout(model: ModelT) -> ModelT:
-    """Take every BatchOut hook off again, in place; other hooks stay. A model without any is returned as it is.
+    """Remove every BatchOut hook, in place. Other hooks stay, and a model without BatchOut is returned unchanged.
 
-    BatchOut's arguments also leave what timm remembers of ``create_model``'s, so that
+    BatchOut's arguments are also removed from the ``create_model`` arguments that timm remembers, so that
     ``timm.models.push_to_hf_hub(remove_batchout(model), ...)`` publishes a plain net that loads without this package.
     """
     for _, module, hook_id, _ in _hooks(model, (BatchOut, ImageCount)):
@@ -112,9 +112,9 @@ def remove_batchout(model: ModelT) -> ModelT:
 
 
 def batchout_sites(model: nn.Module) -> dict[str, BatchOut]:
-    """What sits where: the name of every augmented activation, and the BatchOut layer in front of it.
+    """The name of every augmented activation, and the BatchOut layer in front of it.
 
-    ``batchout_sites(model)['act1'].set_eta(0.2)`` changes one site; for a plain net the dict is empty.
+    ``batchout_sites(model)['act1'].set_eta(0.2)`` changes one site. The dict of a plain net is empty.
     """
     return {name: layer for name, _, _, layer in _hooks(model, (BatchOut,))}
 
@@ -125,21 +125,21 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _find_sites(model: nn.Module, config: BatchOutConfig) -> dict[str, nn.Module]:
-    """The modules that the config's placement is about, by name."""
+    """The candidate modules of the config's placement, by name."""
     net = type(model).__name__
     if config.sites in ('block', 'stage'):
         sites = block_sites(model, coarse=config.sites == 'stage')
         if not sites:
             raise ValueError(
-                f'{net} has no {config.sites}s that timm numbers and that hold an activation, so there is no place for '
-                f"sites={config.sites!r}. Use sites='act', or a list of activations by name or glob."
+                f'{net} has no {config.sites}s that timm numbers and that hold an activation, so '
+                f"sites={config.sites!r} is not possible. Use sites='act', or a list of activations by name or glob."
             )
         return sites
     sites = activation_sites(model)
     if not sites:
         raise ValueError(
-            f'{net} has no activation module to hook BatchOut to (activations called as functions are invisible to '
-            'hooks). Put nn.ReLU modules in the net, or use the BatchOut layer in its forward.'
+            f'{net} has no activation module to hook (hooks cannot see activations that are called as functions). '
+            'Use nn.ReLU modules in the net, or the BatchOut layer in its forward.'
         )
     return sites
 
@@ -170,7 +170,7 @@ def _eta_by_site(config: BatchOutConfig, names: list[str]) -> dict[str, Any]:
 
 
 def _eta_of(config: BatchOutConfig, name: str) -> Any:
-    """The eta of a site; None where the config leaves it out."""
+    """The eta of a site; None if the config leaves the site out."""
     if not isinstance(config.sites, str) and not any(fnmatchcase(name, pattern) for pattern in config.sites):
         return None
     if not isinstance(config.eta, dict):
@@ -179,7 +179,7 @@ def _eta_of(config: BatchOutConfig, name: str) -> Any:
 
 
 def _hooks(model: nn.Module, owners: tuple[type, ...]) -> Iterator[tuple[str, nn.Module, int, Any]]:
-    """The hooks that are methods of such objects: module name, module, hook id, object."""
+    """The hooks that are methods of objects of these types: module name, module, hook id, object."""
     for name, module in model.named_modules():
         for hook_id, hook in list(module._forward_pre_hooks.items()):
             owner = getattr(hook, '__self__', None)

@@ -1,4 +1,4 @@
-"""BatchOut as a layer, and what configures it."""
+"""BatchOut as a layer, and its configuration."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class BatchOutConfig:
 
     Args:
         k: Share of the mini-batch to augment, in [0, 1].
-        eta: Magnitude for all sites: a number or a (low, high) pair. Or a mapping from site names or globs to
-            magnitudes; then only the sites it names are used, and the last pattern that matches a site decides.
+        eta: Magnitude for all sites, a number or a (low, high) pair; or a mapping from site names or globs to
+            magnitudes, which then uses only those sites. The last pattern that matches a site decides.
         noise: 'batchout' (Eq. 2) or 'gaussian' (Eq. 5).
         sites: 'act' for the input of every activation of the net (see ``timm_batchout.sites``), names or globs of
             such activations, or 'block' or 'stage' for the input of every block or stage of a timm net.
@@ -29,7 +29,7 @@ class BatchOutConfig:
         stop_gradient: Treat the push as a constant in backward.
 
     Raises:
-        ValueError: A value out of range, with the value and the remedy.
+        ValueError: A value is out of range.
     """
 
     k: float = 0.5
@@ -45,9 +45,9 @@ class BatchOutConfig:
         _check_k(self.k)
         if isinstance(self.eta, Mapping):
             if not self.eta:
-                raise ValueError('eta is an empty mapping: name at least one site, or give one number for all sites.')
+                raise ValueError('eta is an empty mapping. Name at least one site, or give one number for all sites.')
             if not all(isinstance(name, str) for name in self.eta):
-                raise ValueError(f'eta per site is a mapping from names or globs to magnitudes, got {self.eta!r}.')
+                raise ValueError(f'eta per site must map names or globs to magnitudes, got {self.eta!r}.')
             object.__setattr__(self, 'eta', {name: _as_eta(value) for name, value in self.eta.items()})
         else:
             object.__setattr__(self, 'eta', _as_eta(self.eta))
@@ -74,13 +74,13 @@ def _as_eta(eta: Any) -> Any:
 
 
 def _as_number(value: Any) -> Any:
-    """A Python number, where it is one in another guise; else the value itself, for the check to refuse."""
+    """NumPy numbers and 0-d tensors as Python numbers; anything else unchanged, for the check to refuse."""
     is_number = not isinstance(value, bool) and isinstance(value, Real)
     return float(value) if is_number or (isinstance(value, Tensor) and value.ndim == 0) else value
 
 
 class BatchOut(nn.Module):
-    """BatchOut as a layer, to stand before an activation; :func:`timm_batchout.add_batchout` hooks it into any net.
+    """BatchOut as a layer, placed before an activation; :func:`timm_batchout.add_batchout` hooks it into any net.
 
     It has no parameters and no state_dict entries. Its magnitude lives in two 0-d float32 CPU tensors, so that
     ``set_eta`` (a warm-up, say) does not recompile a compiled net and ``model.half()`` does not round it.
@@ -104,7 +104,7 @@ class BatchOut(nn.Module):
     ):
         super().__init__()
         if isinstance(eta, Mapping):
-            raise ValueError(f'One BatchOut layer takes one eta, a number or a (low, high) pair, got {eta!r}.')
+            raise ValueError(f'A BatchOut layer takes one eta, a number or a (low, high) pair, got {eta!r}.')
         config = BatchOutConfig(k, eta, noise, per_sample=per_sample, select=select, stop_gradient=stop_gradient)
         self.k = k
         self.noise = noise
@@ -113,9 +113,9 @@ class BatchOut(nn.Module):
         self.stop_gradient = stop_gradient
         self._eta = config.eta
         self.eta_low, self.eta_high = (torch.tensor(bound, dtype=torch.float32) for bound in _bounds(self._eta))
-        # What forward reads beside the tensors never changes with eta, but for this flag: dynamo guards on all of it.
+        # Apart from the tensors, forward reads only this flag of what eta changes: dynamo guards on every such value.
         self.active = self._eta != 0
-        # Set by add_batchout inside of windowed blocks: tells the number of images that the rows belong to.
+        # Set by add_batchout inside windowed blocks: gives the number of images that the rows belong to.
         self.images: Any = None
 
     def set_eta(self, eta: float | tuple[float, float]) -> None:
@@ -150,7 +150,7 @@ class BatchOut(nn.Module):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook (``with_kwargs``) of an activation. A bound method, so that copies of a net copy it."""
-        # The hooked module's own flag: this object is no submodule of the net, so train() and eval() do not reach it.
+        # The hooked module's flag: this layer is not a submodule of the net, so train() and eval() do not reach it.
         if not module.training:
             return None
         name = '' if args else next(iter(kwargs), '')
@@ -161,7 +161,7 @@ class BatchOut(nn.Module):
                 "input. Use sites='act', or a list of activations by name or glob; before torch.fx, eval mode or "
                 'remove_batchout(model).'
             )
-        # An in-place activation overwrites its input. A net may use it once more, and then must find the same tensor.
+        # An in-place activation overwrites its input. A net may reuse that tensor and must then find the same values.
         inplace = getattr(module, 'inplace', False) is True
         count = x.shape[0] if self.images is None else self.images.on(x.device)
         if count == x.shape[0]:

@@ -1,4 +1,4 @@
-"""One wrapper for all that feeds images to a model: [0, 1] pixels in, logits out."""
+"""[0, 1] pixels in, logits out: the wrapper through which every part of the package feeds images to a model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +25,9 @@ class PixelModel(nn.Module):
     """A model in eval mode with its normalisation inside.
 
     Args:
-        model: Any classifier. It is set to eval mode; a training loop sets the mode that it needs.
-        cfg: Gives ``mean`` and ``std`` per channel; None: ``normalization(model)``.
-        channels_last: Hand the images on in that memory format: convolutions are faster, but a model that asks for
+        model: Any classifier. It is put in eval mode; a training loop sets the mode it needs.
+        cfg: A dict with ``mean`` and ``std`` per channel; None: ``normalization(model)``.
+        channels_last: Pass the images on in that memory format: convolutions are faster, but a model that needs
             contiguous images (``x.view``) fails.
 
     Shape:
@@ -51,28 +51,28 @@ class PixelModel(nn.Module):
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         logits = self.model(x).float()
-        if images.requires_grad and not logits.requires_grad:  # a net without a path for gradients: they are zero
+        if images.requires_grad and not logits.requires_grad:  # no path for gradients: they are zero
             logits = logits + 0 * images.sum()
         return logits
 
 
 def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel that a model expects: training, validation and evaluation all ask here.
+    """Mean and standard deviation per channel that a model expects, for training, validation and evaluation alike.
 
     Args:
         model: A timm model, or one inside ``DataParallel``, ``ModelEmaV3``, ``AveragedModel``, ``torch.compile`` and
             other wrappers that hold it as ``module``.
 
     Returns:
-        ``mean`` and ``std`` of its ``pretrained_cfg``; ``(0.0,)`` and ``(1.0,)`` for a model that states none, whose
-        input is plain [0, 1] pixels.
+        ``mean`` and ``std`` of its ``pretrained_cfg``; ``(0.0,)`` and ``(1.0,)`` for a model without them, which is
+        given plain [0, 1] pixels.
     """
     cfg = stated_cfg(model)
     return tuple(cfg.get('mean') or (0.0,)), tuple(cfg.get('std') or (1.0,))
 
 
 def states_normalization(model: nn.Module) -> bool:
-    """Whether ``normalization`` is what the model states; else plain [0, 1] pixels are assumed."""
+    """Whether the model states its normalisation; otherwise plain [0, 1] pixels are assumed."""
     return bool(stated_cfg(model).get('mean') and stated_cfg(model).get('std'))
 
 
@@ -89,8 +89,8 @@ def fgsm(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Te
     """``images + epsilon * sign(gradient of the cross-entropy)``, clipped to [0, 1].
 
     Args:
-        model: Takes images in [0, 1] to logits (B, classes). Its mode (train or eval) is the caller's choice; its
-            parameters' gradients stay untouched.
+        model: Takes images in [0, 1] to logits (B, classes). Its mode (train or eval) is the caller's choice, and
+            the gradients of its parameters are left alone.
         images: (B, C, H, W), floating, in [0, 1].
         labels: (B,), int64.
         epsilon: L-infinity radius in [0, 1] pixels.
@@ -111,7 +111,7 @@ def gradient_sign(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Attacks ask for gradients of the images alone; those of the weights would cost half as much again."""
+    """No gradients of the weights: attacks need those of the images only, and the others cost half as much again."""
     learning = [p for p in model.parameters() if p.requires_grad]
     for p in learning:
         p.requires_grad_(False)
@@ -124,7 +124,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Every layer comes back in the mode it was in: a frozen BatchNorm of a net in training stays in eval mode."""
+    """Restore the mode of every layer: a frozen BatchNorm of a net in training stays in eval mode."""
     modes = [(layer, layer.training) for model in models for layer in model.modules()]
     try:
         yield
@@ -135,7 +135,7 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Attacks draw from torch's global generator, and some seed it: give it back as it was."""
+    """Seed torch's global generators, and restore them afterwards: attacks draw from them, and some seed them."""
     devices = range(torch.cuda.device_count())
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What every result file says of where it came from, and how files are written so that none is ever half there."""
+"""The provenance that every result file records, and atomic writes."""
 
 import os
 import platform
@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the command line writes and reads results without it
+if TYPE_CHECKING:  # the command line reads and writes results without torch
     import torch
 
 __all__ = ['environment', 'free_space', 'write_atomically']
@@ -17,7 +17,7 @@ PACKAGES = ('timm-batchout', 'torch', 'timm', 'accelerate')
 
 
 def environment(device: 'torch.device | str' = 'cpu', packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Versions and hardware, for a result file; the versions of ``packages``, too."""
+    """Versions and hardware for a result file, including the versions of ``packages``."""
     import torch
 
     device = torch.device(device)
@@ -39,7 +39,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """The processor's model name where Linux tells it, and its widest vector unit."""
+    """The processor's model name, where Linux reports it, and its widest vector unit."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -52,7 +52,7 @@ def _processor() -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the file, then rename: a reader sees the old content or the new one. A failure leaves no file."""
+    """Write a temporary file, then rename it: readers see the old content or the new. A failure leaves no file."""
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         if isinstance(content, str):
@@ -66,6 +66,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def free_space(error: Exception, folder: Path) -> str:
-    """A failed write in words: torch and safetensors do not say that a disk is full."""
+    """A failed write in words, with the free space: torch and safetensors do not say that a disk is full."""
     first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f'{first_line} ({shutil.disk_usage(folder).free / 2**20:.1f} MiB are free)'

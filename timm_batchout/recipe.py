@@ -1,4 +1,4 @@
-"""Recipes and flags become config objects: YAML, a mapping or command line words, checked against the dataclass.
+"""Recipes and flags to config objects: YAML, a mapping or command line words, checked against a dataclass.
 
 Imports neither torch nor timm, so that the command line can answer at once.
 """
@@ -19,20 +19,20 @@ from timm_batchout.text import did_you_mean
 __all__ = ['configure', 'help_text', 'parse', 'read_recipe']
 
 Config = TypeVar('Config')
-MOST_ALIASES = 100  # of a YAML file; each may stand for all that was said before it
+MOST_ALIASES = 100  # in a YAML file; each may stand for everything before it
 DEEPEST = 50  # nesting of a YAML file
-LONGEST_CHAIN = 20  # of bases
+LONGEST_CHAIN = 20  # recipes, each the base of the next
 
 
 def parse(config_class: type[Config], words: Sequence[str]) -> Config:
-    """``--config recipe.yaml`` files and flags, the later over the earlier, to a config object.
+    """``--config recipe.yaml`` files and flags to a config object; later ones override earlier ones.
 
     Args:
         config_class: A dataclass, whose fields may be dataclasses. Words before the first flag are its first field.
-        words: Of the command line.
+        words: The words of the command line.
 
     Raises:
-        ValueError: An unknown key (the nearest valid one is named), a value of the wrong type, or no recipe.
+        ValueError: An unknown key (the message suggests a valid one), a value of the wrong type, a missing recipe.
     """
     if not words and all(_has_default(field) for field in fields(config_class)):  # type: ignore[arg-type]
         return config_class()  # nothing to parse: `list` works without the extra packages
@@ -41,15 +41,15 @@ def parse(config_class: type[Config], words: Sequence[str]) -> Config:
 
 
 def configure(config_class: type[Config], recipe: str | Path | Mapping[str, Any] | None, **overrides: Any) -> Config:
-    """A recipe, and what is stated over it, to a config object.
+    """A recipe and overrides to a config object.
 
     Args:
-        config_class: As for ``parse``.
-        recipe: A YAML file, what one would hold, or None.
-        **overrides: Fields. A mapping for a nested config changes what it names and keeps the rest.
+        config_class: See ``parse``.
+        recipe: A YAML file, a mapping, or None.
+        **overrides: Fields. A mapping for a nested config changes the keys it names and keeps the rest.
 
     Raises:
-        ValueError: As for ``parse``.
+        ValueError: See ``parse``.
     """
     values = read_recipe(Path(recipe)) if isinstance(recipe, (str, Path)) else dict(recipe or {})
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in overrides.items()}
@@ -61,7 +61,7 @@ def _has_default(field: Field[Any]) -> bool:
 
 
 def _checked(config_class: type[Config], read: Any) -> Config:
-    from jsonargparse import ActionConfigFile, ArgumentParser  # not at the top: `list` works without the extra packages
+    from jsonargparse import ActionConfigFile, ArgumentParser  # here, because `list` works without the extra packages
 
     parser = ArgumentParser(exit_on_error=False, add_help=False, allow_abbrev=False)
     parser.add_argument('--config', action=ActionConfigFile)
@@ -75,7 +75,7 @@ def _checked(config_class: type[Config], read: Any) -> Config:
         raise ValueError(f'{error}{hint}') from error
     for field in fields(config_class):  # type: ignore[arg-type]
         if is_dataclass(field.type) and parsed[field.name] is None:
-            raise ValueError(f'{field.name} is empty (null): give it its keys, or leave it out.')
+            raise ValueError(f'{field.name} is empty (null). Set its keys, or leave it out.')
     values = vars(getattr(parser, 'instantiate', parser.instantiate_classes)(parsed))
     config = config_class(**{key: value for key, value in values.items() if key != 'config'})
     _check_text(asdict(config))  # type: ignore[call-overload]
@@ -83,16 +83,16 @@ def _checked(config_class: type[Config], read: Any) -> Config:
 
 
 def _check_text(values: Mapping[str, Any], prefix: str = '') -> None:
-    """Raise ValueError for a character that no file name can hold: it would fail only when a file is opened."""
+    """Raise ValueError for a character that no file name may contain: it would fail only when a file is opened."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             _check_text(value, f'{prefix}{name}.')
         elif isinstance(value, str) and '\0' in value:
-            raise ValueError(f'{prefix}{name} holds a NUL character: {value!r}.')
+            raise ValueError(f'{prefix}{name} contains a NUL character: {value!r}.')
 
 
 def _named(config_class: Any, words: list[str]) -> list[str]:
-    """What stands before the first flag is the first field: MODEL, or several files."""
+    """Words before the first flag are the first field: MODEL, or several files."""
     flags = next((i for i, word in enumerate(words) if word.startswith('-')), len(words))
     if flags == 0 or not fields(config_class):
         return words
@@ -133,7 +133,7 @@ def _spelled_out(config_class: Any, words: list[str]) -> list[str]:
 
 
 def _kinds(config_class: Any, prefix: str = '') -> Iterator[tuple[str, str]]:
-    """The dotted names of all fields that are 'switch', 'number' or 'list'."""
+    """The dotted name of every field that is a 'switch', a 'number' or a 'list', and which."""
     for field in fields(config_class):
         if field.type is float:
             yield prefix + field.name, 'number'
@@ -146,7 +146,7 @@ def _kinds(config_class: Any, prefix: str = '') -> Iterator[tuple[str, str]]:
 
 
 def _with_recipes(config_class: Any, words: list[str]) -> list[str]:
-    """Recipe files become the whole recipe, with their bases, as YAML text."""
+    """Replace recipe files by the whole recipe, including its bases, as YAML text."""
     merged = list(words)
     for i, word in enumerate(words):
         flag = '--config=' if word.startswith('--config=') else ''
@@ -157,7 +157,7 @@ def _with_recipes(config_class: Any, words: list[str]) -> list[str]:
 
 
 def _numbers(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe in which fractions are numbers, where the config wants numbers."""
+    """A recipe with fractions turned into numbers, where the config has numbers."""
     kinds = {field.name: field.type for field in fields(config_class)}
     return {
         key: _numbers(kinds[key], value)
@@ -170,7 +170,7 @@ def _numbers(config_class: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """'8/255' as a number; all else as it is, for the check to refuse."""
+    """'8/255' as a number; anything else unchanged, for the check to refuse."""
     try:
         return float(Fraction(value)) if isinstance(value, str) and '/' in value else value
     except (ValueError, ZeroDivisionError):
@@ -178,19 +178,19 @@ def _number(value: Any) -> Any:
 
 
 def read_recipe(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
-    """A recipe as its YAML has it; one that names a ``base`` (a file beside it) states only what differs.
+    """A recipe, merged over its ``base`` if it names one (a file beside it).
 
     Args:
         path: The file.
-        above: The recipes whose base it is.
+        above: The recipes that lead to this one as a base.
 
     Raises:
-        ValueError: It is not there, no YAML, or no mapping; it nests, repeats itself or is based on others beyond
-            measure; its base is not there, or is based on it.
+        ValueError: The file is missing, not YAML or not a mapping; it is nested too deeply, or has too many aliases or
+            bases; its base is missing, or based on it.
     """
     recipe = _read_yaml(path)
     if not isinstance(recipe, dict):
-        raise ValueError(f'{str(path)!r} must hold a mapping, got {str(recipe)[:40]!r}.')
+        raise ValueError(f'{str(path)!r} must contain a mapping, got {str(recipe)[:40]!r}.')
     if 'base' not in recipe:
         return recipe
     base = path.parent / str(recipe.pop('base'))
@@ -198,11 +198,9 @@ def read_recipe(path: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
     if base.resolve() in above:
         raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is based on it.')
     if len(above) > LONGEST_CHAIN:
-        raise ValueError(
-            f'{str(above[0])!r} is based on more than {LONGEST_CHAIN} recipes, one on the other: merge some.'
-        )
+        raise ValueError(f'{str(above[0])!r} has a chain of more than {LONGEST_CHAIN} bases. Merge some of them.')
     if not base.is_file():
-        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which is not there.')
+        raise ValueError(f'{str(path)!r} names the base {str(base)!r}, which does not exist.')
     return _merge(read_recipe(base, above), recipe)
 
 
@@ -214,16 +212,16 @@ def _read_yaml(path: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)
             if depth > DEEPEST or aliases > MOST_ALIASES:
-                most = f'{DEEPEST} levels deep' if depth > DEEPEST else f'{MOST_ALIASES} aliases'
-                raise ValueError(f'{str(path)!r} is no recipe: it has more than {most}.')
+                most = f'{DEEPEST} levels' if depth > DEEPEST else f'{MOST_ALIASES} aliases'
+                raise ValueError(f'{str(path)!r} is not a recipe: it has more than {most}.')
         return yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         if isinstance(error, FileNotFoundError):
-            raise ValueError(f'There is no recipe {str(path)!r}.') from error
+            raise ValueError(f'Recipe {str(path)!r} does not exist.') from error
         raise ValueError(f'{str(path)!r} cannot be read as YAML: {error}.') from error
     except ValueError as error:
         if 'null byte' in str(error) or 'null character' in str(error):
-            raise ValueError(f'{str(path)!r} is no file name.') from error
+            raise ValueError(f'{str(path)!r} is not a file name.') from error
         raise
 
 
@@ -237,11 +235,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def help_text(config_class: Any, command: str, group: str = '') -> str:
-    """What ``COMMAND --help`` prints: the fields of a config, or of one that is nested in it; the others by name.
+    """The text of ``COMMAND --help``: the fields of a config or of a config nested in it; other nested ones by name.
 
     Args:
-        config_class: Its docstring's Args section describes the fields.
-        command: As it is typed.
+        config_class: A dataclass whose docstring describes the fields.
+        command: The command as it is typed.
         group: Name of the nested config.
 
     Raises:
@@ -249,7 +247,7 @@ def help_text(config_class: Any, command: str, group: str = '') -> str:
     """
     groups = {field.name: field.type for field in fields(config_class) if is_dataclass(field.type)}
     if group and group not in groups:
-        raise ValueError(f'There is no group {group!r}; there are {", ".join(groups)}.{did_you_mean(group, groups)}')
+        raise ValueError(f'Unknown group {group!r}. Available: {", ".join(groups)}.{did_you_mean(group, groups)}')
     shown = groups[group] if group else config_class
     doc = _documented(shown)
     described = {param.arg_name: ' '.join((param.description or '').split()) for param in doc.params}

@@ -1,14 +1,14 @@
 """Where BatchOut goes: the sites of a net.
 
-The paper augments "pre-relu activations" (section 6.1) after every convolution and fully connected layer. Carried over
-to any net: the input of every activation module. Gates are left out: a sigmoid, or an activation inside a channel
+The paper augments "pre-relu activations" (section 6.1) after every convolution and fully connected layer. In any other
+net the sites are the inputs of its activation modules. Gates are left out: a sigmoid, or an activation inside a channel
 attention block, computes a weight for features, not features. Layers that compute position biases are left out too:
 the rows of their input are positions, not images.
 
-Activations that a forward calls as functions are invisible to hooks. Of timm's nets, MobileViT V2 alone has some (of
-the values of its attention).
+Hooks cannot see activations that a forward calls as functions. Of timm's nets only MobileViT V2 has such activations
+(on the values of its attention).
 
-The other placement, one site per block or per stage, is the input of each of timm's blocks or stages.
+The alternative placement, one site per block or per stage, is the input of each of timm's blocks or stages.
 """
 
 import re
@@ -31,7 +31,7 @@ _ACTIVATIONS: tuple[type[nn.Module], ...] = (
     timm_activations.PReLU, timm_activations.GELU, timm_activations.GELUTanh, timm_activations.QuickGELU,
 )  # fmt: skip
 
-# Leaves to FX, which calls them with their hooks and does not trace through; torch.nn's own are leaves anyway.
+# Make them leaves for FX, which then calls them with their hooks; torch.nn's own activations are leaves already.
 for activation in _ACTIVATIONS:
     if activation.__module__ == timm_activations.__name__:
         register_notrace_module(activation)
@@ -39,7 +39,7 @@ for activation in _ACTIVATIONS:
 # Activations of timm's models, and norms with an activation in their formula: their site is the input of the norm.
 _ACTIVATION_NAMES = ('GammaAct', 'EvoNorm2d*', 'FilterResponseNormTlu2d', 'InplaceAbn')
 
-# Attention that weights channels or places, of timm and torchvision, by class name: they are spread over many files.
+# Attention over channels or places in timm and torchvision, by class name, because they are spread over many files.
 _ATTENTION = (
     '*SqueezeExcit*', 'SE', 'SEModule', 'SEBlock', 'SqueezeExciteCl', 'EffectiveSEModule', '*ChannelAttn*',
     'ChannelGate', 'CbamModule', 'LightCbamModule', 'EcaModule', 'CecaModule', 'GatherExcite', 'GlobalContext',
@@ -50,7 +50,7 @@ _ATTENTION = (
 _POSITION = ('RelPosMlp',)
 _POSITION_ATTRIBUTES = ('cpb_mlp', 'meta_mlp')
 
-# Blocks inside of which an image is several rows of the batch: B images become B * windows rows, image by image.
+# Blocks inside which an image is several rows of the batch: B images become B * windows rows, image by image.
 _WINDOWED = ('mobilevit.MobileVitBlock', 'efficientvit_msra.LocalWindowAttention', 'tnt.Block')
 
 
@@ -91,7 +91,7 @@ def block_sites(model: nn.Module, coarse: bool = False) -> dict[str, nn.Module]:
     """The blocks of a timm net (coarse: its stages) by name, in registration order.
 
     They are what ``model.group_matcher(coarse)`` numbers, timm's own notion of depth; of those, the modules that hold
-    an activation site. Empty for a net without ``group_matcher``, and for one whose blocks are single layers (VGG).
+    an activation site. Empty for a net without ``group_matcher`` and for one whose blocks are single layers (VGG).
     """
     group_matcher: Any = getattr(model, 'group_matcher', None)
     try:
@@ -133,7 +133,7 @@ class ImageCount:
         return self._by_device[device]
 
     def pre_hook(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not module.training:  # nothing is pushed; and an exported net's symbolic sizes are not for keeping
+        if not module.training:  # nothing is pushed, and an exported net's symbolic sizes must not be kept
             return
         if any(isinstance(arg, Proxy) for arg in args):
             raise TypeError(
@@ -149,7 +149,7 @@ def match_sites(pattern: str, names: list[str]) -> list[str]:
     """The names that a glob (or an exact name) matches.
 
     Raises:
-        ValueError: It matches none of them; the message lists them.
+        ValueError: No name matches; the message lists the names.
     """
     matched = [name for name in names if fnmatchcase(name, pattern)]
     if not matched:

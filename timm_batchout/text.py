@@ -1,4 +1,4 @@
-"""What people write and read: radii such as '8/255', and names that are nearly right. Imports nothing heavy."""
+"""Radii such as '8/255' to numbers and back, and suggestions for misspelt names. Imports nothing heavy."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ def parse_radius(radius: str | float, norm: str = 'Linf') -> float:
     """``'8/255'``, ``'0.3'`` or a number, in [0, 1] pixels.
 
     Args:
-        radius: What was written.
+        radius: The text or number.
         norm: 'Linf' radii are at most 1; 'L2' radii may be larger.
 
     Raises:
@@ -26,7 +26,7 @@ def parse_radius(radius: str | float, norm: str = 'Linf') -> float:
         raise ValueError(f"epsilon must be a number such as 0.3 or '8/255', got {radius!r}.") from error
     if norm == 'L2':
         if not 0 <= value < math.inf:
-            raise ValueError(f'An L2 radius must be at least 0, and finite, got {radius!r}.')
+            raise ValueError(f'An L2 radius must be finite and at least 0, got {radius!r}.')
     elif not 0 <= value <= 1:
         raise ValueError(f'epsilon is in [0, 1] pixels, got {radius!r}. Divide 8-bit values by 255.')
     return value
@@ -41,12 +41,12 @@ def format_radius(radius: float) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """' Did you mean ...?', or '' where nothing is near.
+    """' Did you mean ...?', or '' if no word is close.
 
     Args:
-        word: What was written.
-        words: What there is. Dotted keys are compared by their last part, too: errors name nested keys with and
-            without their path.
+        word: The misspelt word.
+        words: The valid words. Dotted keys are also compared by their last part, because errors name nested keys with
+            and without their path.
     """
     words = list(words)
     by_last_part = {candidate.rpartition('.')[2]: candidate for candidate in reversed(words)}

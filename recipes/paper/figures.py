@@ -14,8 +14,9 @@ from timm_batchout.data.images import Split
 from timm_batchout.data.memory import data_label, load_split
 from timm_batchout.provenance import environment
 from timm_batchout.recipe import configure, read_recipe
+from timm_batchout.robustness.attacks import as_attacks
 from timm_batchout.robustness.chunks import Chunks
-from timm_batchout.robustness.harness import evaluate, filled_in, weights_sha256
+from timm_batchout.robustness.harness import evaluate, weights_sha256
 from timm_batchout.robustness.report import Report
 from timm_batchout.text import did_you_mean
 from timm_batchout.training.config import TrainConfig
@@ -227,7 +228,7 @@ class Paper:
         path = Path(config.output) / f'report-{"-".join(str(x).replace("/", "of") for x in wanted)}.json'
         chunks = Chunks(path.with_suffix('.chunks'))
         report = Report.load(path) if path.is_file() else None
-        asked = (weights_sha256(model), filled_in(attacks, settings), data)
+        asked = (weights_sha256(model), {name: a.settings() for name, a in as_attacks(attacks, settings).items()}, data)
         if report is None or (report.weights_sha256, report.settings, report.data) != asked:
             report = evaluate(
                 model.to(Accelerator().device), split.images, split.labels, attacks, figure.eps,

@@ -378,6 +378,7 @@ def _work(connection: Any, memory: float) -> None:
         try:
             arch, compiled, record = job
             if record:
+                record.pop('error', None)  # of an earlier try
                 record |= {name: check(arch, record) for name, check in CHECKS.items() if name not in record}
             connection.send(record or examine(arch, compiled, memory))
         except Exception as error:
@@ -456,7 +457,7 @@ def main() -> None:
         with tqdm(total=len(archs), unit='net') as progress:
 
             def done(arch: str, record: dict[str, Any]) -> None:
-                known[arch] = record
+                known[arch] = {**add_to.get(arch, {}), **record} if 'error' in record else record
                 progress.update()
                 if exceptions(record):
                     tqdm.write(f'{arch}: {"; ".join(exceptions(record))}')
@@ -470,7 +471,7 @@ def main() -> None:
     lacking = {
         arch: record
         for arch, record in known.items()
-        if record.get('device') == 'cpu' and 'error' not in record and not set(CHECKS) <= set(record)
+        if record.get('device') == 'cpu' and not set(CHECKS) <= set(record)
     }
     walk(list(lacking), compiled=False, add_to=lacking)
     walk(todo, compiled=False, add_to={})

@@ -190,7 +190,7 @@ def test_broken_images(copy):
     for path in (copy / 'train').glob('*/*'):
         path.write_bytes(b'')
     config.broken = 'skip'
-    with pytest.raises(ValueError, match='nor can the 9 after it'):
+    with pytest.raises(ValueError, match='nor can the 9 images after it'):
         list(loader(whole, 8, shuffle=True))
 
 
@@ -199,15 +199,15 @@ def test_bad_sets(copy, digits, tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HOME', str(tmp_path))
     victim = next((copy / 'train').glob('*/*')).read_bytes()
     config = DataConfig('timm', str(copy), val_fraction=0.25, workers=0)
-    with pytest.raises(ValueError, match='The data has the label 3, the model 3 classes'):
+    with pytest.raises(ValueError, match='The data has the label 3, but the model 3 classes'):
         list(TimmLoader(TimmSplit(config, 'validation'), 8, CFG, classes=3))
-    with pytest.raises(ValueError, match="There is no 'test'"):
+    with pytest.raises(ValueError, match="Neither 'test'"):
         TimmSplit(config, 'test')
     os.makedirs(copy / 'validation' / 'digit 9')
     with pytest.raises(ValueError, match=r'Class folders without an image in .*: digit 9\.'):
         TimmSplit(config, 'validation')
     Image.new('RGB', (8, 8)).save(copy / 'validation' / 'digit 9' / 'new.png')
-    with pytest.raises(ValueError, match=r"validation' has classes that the training split has not: digit 9\."):
+    with pytest.raises(ValueError, match=r"validation' has classes that the training split lacks: digit 9\."):
         load_data(config)
     with pytest.raises(ValueError, match='cannot open split'):
         TimmSplit(DataConfig('timm', str(tmp_path), dataset='wds/'), 'train')
@@ -217,7 +217,7 @@ def test_bad_sets(copy, digits, tmp_path, monkeypatch):
     for split in ('train', 'test'):
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / 'hub' / f'{split}-0-of-1.parquet')
     unlabelled = DataConfig('timm', str(tmp_path), dataset=f'hfds/{tmp_path / "hub"}', test_split='test', workers=0)
-    with pytest.raises(ValueError, match=r"Split 'test' of .* has no labels \(its first is -1\)"):
+    with pytest.raises(ValueError, match=r"Split 'test' of .* has no labels \(the first is -1\)"):
         load_data(unlabelled)
     with pytest.raises(ValueError, match='an image without a label'):
         list(TimmLoader(TimmSplit(unlabelled, 'train'), 1, CFG, classes=3))
@@ -253,5 +253,5 @@ def test_a_normalised_net_trains_on_a_folder_and_resumes_within_an_epoch(digits,
 def test_labels_beyond_the_classes_are_found_before_training(digits, tmp_path, capsys):
     recipe = [*RECIPE, '--data.root', str(digits / 'folder'), '--output', str(tmp_path / 'run')]
     assert main([*recipe, '--model_args', '{num_classes: 3, img_size: 32}']) == 2
-    assert 'The model has 3 classes, the data 4: set model_args.num_classes=4.' in capsys.readouterr().err
+    assert 'The model has 3 classes, the data 4. Set model_args.num_classes=4.' in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_the_card_is_valid_and_tells_the_truth():
     assert '| FGSM Linf 8/255 | 100 | 20.00 (13.3 to 28.9) | 20.00 (13.3 to 28.9) (masked) |' in text, (
         'masked figures are never best, nor beaten'
     )
-    assert 'JPEG compression' in text and 'ab' * 32 in text
+    assert 'JPEG-compressed' in text and 'ab' * 32 in text
     assert "timm.create_model('hf-hub:me/net', pretrained=True)" in text
     assert 'pgd: {"steps": 20, "eps": ["2/255", "8/255"], "n": 50}\n' in text
 
@@ -100,12 +101,16 @@ def test_what_is_said_of_the_method():
     def card(recipe=RECIPE, **changes):
         return make_card(entry(recipe=recipe, **changes)).text
 
-    assert 'BatchOut: while it trained, features of the first half of each mini-batch were pushed' in card()
+    assert 'BatchOut: in training, features of the first half of each mini-batch were pushed' in card()
     noise = card({**RECIPE, 'model_args': {'noise': 'gaussian', 'k': 0.25}})
-    assert 'Gaussian feature noise' in noise and 'of 25% of each mini-batch' in noise and 'BatchOut: while' not in noise
+    assert (
+        'Gaussian feature noise' in noise
+        and 'of 25% of each mini-batch' in noise
+        and 'BatchOut: in training' not in noise
+    )
     both = card({**RECIPE, 'objective': {'name': 'fgsm', 'epsilon': 0.1}})
     assert (
-        'BatchOut: while' in both
+        'BatchOut: in training' in both
         and 'together with FGSM adversarial training' in both
         and 'training epsilon Linf 0.1' in both
     )
@@ -118,9 +123,20 @@ def test_what_is_said_of_the_method():
     # A backbone of timm's: its recipe may be lost, but its config knows, and timm alone checks no hashes.
     config = {'architecture': 'resnet18', 'trained_with': 'batchout_resnet18', 'pretrained_cfg': {'license': 'mit'}}
     stock = make_card(entry(config=config, run={}))
-    assert 'BatchOut: while' in stock.text and 'plain timm loads it' in stock.text
+    assert 'BatchOut: in training' in stock.text and 'timm-batchout is not needed' in stock.text
     assert 'the package checks it' in card() and 'the package checks it' not in stock.text
     assert (stock.data.license, make_card(entry()).data.license) == ('mit', 'unknown')
+
+
+def test_cards_say_whether_plain_timm_knows_the_architecture():
+    names = {name.partition('.')[0] for name in bundled_cards()} | {'resnet18'}
+    code = 'import timm, sys; print(*filter(timm.is_model, sys.argv[1:]))'
+    known = subprocess.run([sys.executable, '-c', code, *names], capture_output=True, text=True, check=True).stdout
+    assert known.split() == ['resnet18']
+    for name in names:
+        text = make_card(entry(config={'architecture': name, 'trained_with': name})).text
+        assert ('timm-batchout is not needed' in text) == (name == 'resnet18')
+        assert ('import timm, timm_batchout' in text) == (name != 'resnet18')
 
 
 def test_a_card_shows_only_what_its_own_model_was_measured_on():

@@ -135,7 +135,7 @@ except ConnectionError as error: print(error)
 """
     variables = {'HF_HUB_OFFLINE': '1', 'TIMM_BATCHOUT_HUB_NAMESPACE': 'me'}
     offline = python(code, hub, tmp_path / 'b', package=slim, **variables)
-    assert 'me/mnist_cnn.baseline_mnist is not in the cache, and huggingface_hub is set to be offline' in offline
+    assert 'me/mnist_cnn.baseline_mnist not found in the cache, and huggingface_hub is set to be offline' in offline
 
 
 def test_a_trained_twin_is_published_as_the_stock_net(hub, tmp_path):
@@ -198,7 +198,7 @@ print('edited', main(command), 'as I see it' in card())
 """
     output = python(code, hub, tmp_path / 'a', 'hf_owner')
     assert 'again 0 True' in output and 'edited 2 True' in output
-    assert 'error: README.md of alice/net was edited outside its own section' in output
+    assert 'error: README.md of alice/net was edited outside its hand-written section' in output
     assert 'Trained on a boat.' in (tmp_path / 'cards' / 'net' / 'README.md').read_text()
 
 
@@ -227,7 +227,7 @@ print('private', attempt('hf_owner', '--private'))
     assert output.count('exit 2') == 4 and output.count('error: ') == 5
     assert not [token for token in [*refused, 'hf_owner'] if token and token in output]
     assert 'there False' in output and 'owner 0' in output and 'private 2' in output
-    assert f'error: timm-batchout/{name} is there already, and public: nothing was pushed.' in output
+    assert f'error: timm-batchout/{name} already exists and is public, so nothing was pushed.' in output
     assert len([request for request in hub.requests if '/upload/' in request]) == 2, 'the first one broke off'
     commits = [request for request in hub.requests if '/commit/' in request]
     assert len(commits) == 2, 'the first was stale, the second stood on what had come in between'
@@ -301,9 +301,9 @@ for label, damage in damages.items():
     assert 'Unknown model' in lines['unknown']
     # Neither the other file nor the code is followed: the checked weights are read, and nothing else.
     assert lines['elsewhere'] == lines['code'] == 'loaded'
-    assert 'holds no model.safetensors' in lines['pickle']
+    assert 'has no model.safetensors' in lines['pickle']
     assert lines['swapped'].startswith('ValueError') and lines['kept'] == 'False False', 'either may be the damaged one'
-    assert 'must be text, got 5' in lines['number'] and 'must be a JSON object' in lines['list']
+    assert 'must be a string, got 5' in lines['number'] and 'must be a JSON object' in lines['list']
     assert lines['private'].startswith('RepositoryNotFoundError') and lines['gated'].startswith('GatedRepoError')
     for damage in ('byte', 'digit'):
         assert lines[damage].startswith('ValueError config.json of alice/good was damaged')
@@ -314,8 +314,11 @@ for label, damage in damages.items():
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--all', '--repo', 'me/net'], '--repo: for one model'),
-        (['--all', '--twin', 'x.json', '--model_args', '{num_classes: 5}'], '--twin, --model_args: for one model'),
+        (['--all', '--repo', 'me/net'], '--repo cannot be combined with --all'),
+        (
+            ['--all', '--twin', 'x.json', '--model_args', '{num_classes: 5}'],
+            '--twin, --model_args cannot be combined with --all',
+        ),
         (['--all', '--model', 'mnist_cnn'], 'Name one model'),
         ([], 'Name one model'),
         (['mnist_cnn'], 'with its report'),
@@ -335,17 +338,17 @@ def test_a_hub_that_is_down_is_an_error_in_one_line(tmp_path, monkeypatch, capsy
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     name = 'mnist_cnn.baseline_mnist'
     assert main(['publish', name, '--report', str(REPORTS / f'{name}.json'), '--cards', str(tmp_path)]) == 2
-    assert f'error: The Hub does not answer, timm-batchout/{name} was not pushed' in capsys.readouterr().err
+    assert f'error: The Hub does not answer, so timm-batchout/{name} was not pushed' in capsys.readouterr().err
 
 
 def test_reports_of_other_weights_are_refused(tmp_path):
     file, run = bundled('mnist_cnn.baseline_mnist')
     report = Report.load(REPORTS / 'mnist_cnn.fgsm_at_mnist.json')
-    with pytest.raises(ValueError, match='not of these weights'):
+    with pytest.raises(ValueError, match='on other weights than'):
         stage('mnist_cnn.baseline_mnist', file, report, run, tmp_path)
     with pytest.raises(ValueError, match='pickles can run code'):
         stage('mnist_cnn', tmp_path / 'weights.bin', report, run, tmp_path)
-    with pytest.raises(ValueError, match='no bundled weights'):
+    with pytest.raises(ValueError, match='No bundled weights'):
         bundled('mnist_cnn.best')
     for repo in ('a/b/c', 'no spaces/x', 'alone'):
         with pytest.raises(ValueError, match=r'[Rr]epo'):

@@ -107,7 +107,7 @@ def test_words_of_people_are_kept_and_edits_elsewhere_are_not_overwritten(tmp_pa
     assert card.read_text() == mine
     card.write_text(mine.replace('## Robustness', '## Robustness, as I see it'))
     results = (card.parent / 'results.json').read_bytes()
-    with pytest.raises(ValueError, match='was edited outside its own section'):
+    with pytest.raises(ValueError, match='was edited outside its hand-written section'):
         staged_baseline(tmp_path)
     assert 'as I see it' in card.read_text() and (card.parent / 'results.json').read_bytes() == results
     card.unlink()
@@ -193,4 +193,4 @@ def test_links_are_replaced_and_files_are_not_taken_for_folders(tmp_path, capsys
     assert target.read_text() == 'mine' and not any(path.is_symlink() for path in folder.iterdir())
     arguments = [BASELINE, '--report', str(FOLDER / f'{BASELINE}.json'), '--cards', str(tmp_path), '--dry-run']
     assert main(['publish', *arguments, '--repo', 'me/target']) == 2
-    assert 'is a file where the card of me/target would be staged' in capsys.readouterr().err
+    assert 'is a file in the place of the card of me/target' in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_the_picture_shows_the_images_within_the_radius_and_who_is_fooled(tmp_pa
     near = (clean.flatten(1).mean(1) - 0.5).abs() < 0.1
     assert near.sum() == 2
     assert torch.equal(seen['before'].argmax(1) != seen['after'].argmax(1), near)
-    with pytest.raises(ValueError, match='None of 1 images is classified right'):
+    with pytest.raises(ValueError, match='None of 1 images is classified correctly'):
         examples.draw_examples(Brightness(), Split(images[4:], labels[4:]), 0.1, tmp_path / 'x.png')
 
 
@@ -48,4 +48,4 @@ def test_evaluate_draws_them(tmp_path, capsys):
         red = (np.asarray(image.convert('RGB')) == (214, 39, 40)).all(2)
         assert red.sum() > 1000, 'an undefended net is fooled at 0.3'
     assert main([*command, '--eps', '0', '--examples', str(picture)]) == 2
-    assert 'name a radius above 0' in capsys.readouterr().err
+    assert 'must be above 0' in capsys.readouterr().err

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-import timm_batchout  # noqa: F401
+import timm_batchout as tb
 from timm_batchout.cli.evaluate import EvaluateConfig
 from timm_batchout.cli.main import main
 from timm_batchout.data.config import DataConfig
@@ -223,32 +223,32 @@ from timm_batchout.cli.main import main
 from timm_batchout.robustness.harness import evaluate as module
 import timm_batchout.robustness.harness
 code = sys.modules['timm_batchout.robustness.harness']
-chunk, calls = code._chunk, []
+records, calls = code._records, []
 def dying(*args):
     calls.append(1)
     if len(calls) == 5:
         os.kill(os.getpid(), signal.SIGKILL)
-    return chunk(*args)
-code._chunk = dying
+    return records(*args)
+code._records = dying
 main(sys.argv[1:])
 """
 
 
 def test_an_interrupted_evaluation_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     module = sys.modules['timm_batchout.robustness.harness']
-    chunk, calls = module._chunk, []
+    records, calls = module._records, []
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return chunk(*args)
+        return records(*args)
 
     command = ['evaluate', 'mnist_cnn', '--data.name', 'digits', '--images', '20', '--batch_size', '5']
     command += ['--audit', 'false', '--device', 'cpu', '--output', str(tmp_path / 'report.json')]
-    monkeypatch.setattr(module, '_chunk', interrupted)
+    monkeypatch.setattr(module, '_records', interrupted)
     assert main(command) == 2
-    assert 'Finished chunks are kept: the same command goes on' in capsys.readouterr().err
+    assert 'Finished chunks are saved: repeat the command to continue' in capsys.readouterr().err
     assert len(list(tmp_path.rglob('*_*.json'))) == 2
     assert main(command) == 0 and len(calls) == 3 + 8 - 2, 'what was finished is not measured again'
 
@@ -307,20 +307,20 @@ class Tuple(nn.Module):
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
-        ({'attacks': ['fgms']}, "There is no attack 'fgms'"),
+        ({'attacks': ['fgms']}, "Unknown attack 'fgms'"),
         ({'attacks': ['transfer']}, 'transfer_from'),
         ({'eps': [-0.1]}, r'epsilon is in \[0, 1\] pixels'),
         ({'eps': ['8']}, r'epsilon is in \[0, 1\] pixels'),
         ({'eps_l2': ['-1']}, 'at least 0'),
         ({'eps_l2': ['1/0']}, "must be a number such as 0.3 or '8/255', got '1/0'"),
-        ({'eps_l2': [math.inf]}, 'finite, got inf'),
+        ({'eps_l2': [math.inf]}, 'must be finite and at least 0, got inf'),
         ({'batch_size': 0}, 'batch_size must be at least 1, got 0'),
         (
             {'attacks': ['pgd'], 'settings': {'pgd': {'steps': 'abc'}}},
             "steps of pgd must be a whole number.* got 'abc'",
         ),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'steps': 0}}}, 'steps of pgd must be a whole number, 1 or more'),
-        ({'attacks': ['pgd'], 'settings': {'pgd': {'n': 2.5}}}, 'n of pgd must be a whole number, 1 or more, got 2.5'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'n': 2.5}}}, 'n of pgd must be a whole number, 0 or more, got 2.5'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'rel_stepsize': 'x'}}}, 'rel_stepsize of pgd must be a number'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'random_start': 1}}}, 'must be true or false, got 1'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'eps': [None]}}}, 'epsilon must be a number'),
@@ -332,8 +332,8 @@ class Tuple(nn.Module):
         ({'images': torch.full((2, 1, 28, 28), math.nan)}, r'Images must lie in \[0, 1\]'),
         ({'n': 3}, r'n must lie in \[1, 2\]'),
         ({'n': -1}, r'n must lie in \[1, 2\]'),
-        ({'images': torch.zeros(0, 1, 28, 28), 'labels': torch.zeros(0)}, 'no images'),
-        ({'labels': torch.tensor([0])}, '2 images, 1 labels'),
+        ({'images': torch.zeros(0, 1, 28, 28), 'labels': torch.zeros(0)}, 'The data set has no images'),
+        ({'labels': torch.tensor([0])}, 'Got 2 images but 1 labels'),
         ({'images': torch.zeros(2, 1, 28, 28, dtype=torch.int64)}, 'uint8, or floating in .0, 1., got torch.int64'),
         ({'labels': torch.tensor([0.0, 1.0])}, r'int64, got \[2\], torch.float32'),
         ({'labels': torch.tensor([True, False])}, r'int64, got \[2\], torch.bool'),
@@ -342,11 +342,14 @@ class Tuple(nn.Module):
         ({'labels': torch.tensor([-1, 0])}, r'Labels must lie in \[0, 10\)'),
         ({'model': nn.Sequential(nn.Flatten(), nn.Linear(784, 1))}, 'two classes or more'),
         ({'model': Tuple()}, 'must return a tensor of logits'),
-        ({'labels': None}, 'two tensors, or a data set'),
+        ({'labels': None}, 'two tensors, or one data set'),
         ({'images': [torch.zeros(1, 28, 28)], 'labels': None}, 'pairs of an image'),
-        ({'images': [(torch.zeros(1, 28, 28), 0)]}, 'two tensors, or a data set'),
+        ({'images': [(torch.zeros(1, 28, 28), 0)]}, 'two tensors, or one data set'),
         ({'world_size': 2}, 'name one as chunks'),
-        ({'model': timm.create_model('test_resnet', in_chans=1)}, 'The images have 1 channels, the model takes 3'),
+        (
+            {'model': timm.create_model('test_resnet', in_chans=1)},
+            'The images have 1 channels, but the mean of the model has 3',
+        ),
     ],
 )
 def test_bad_input(net, changes, message):
@@ -359,18 +362,18 @@ def test_bad_commands(tmp_path, capsys):
     damaged = tmp_path / 'damaged.safetensors'
     damaged.write_bytes(b'half of it')
     for arguments, message in (
-        ([str(damaged)], 'is a file: name the architecture as MODEL, and the file as --checkpoint'),
-        (['mnist_cnn', '--checkpoint', 'nowhere.safetensors'], "'nowhere.safetensors' is not there"),
+        ([str(damaged)], 'is a file. Give the architecture as MODEL, and the file as --checkpoint'),
+        (['mnist_cnn', '--checkpoint', 'nowhere.safetensors'], "'nowhere.safetensors' does not exist"),
         (['mnist_cnn', '--checkpoint', str(damaged)], "damaged.safetensors' is damaged"),
         (['mnist_cnn', 'cifar_vgg'], 'Name one model, got 2: mnist_cnn cifar_vgg'),
         (['mnist_cnm'], "Did you mean 'mnist_cnn'"),
         (['mnist_cnn', '--data.name', 'digits', '--images', '9999'], 'images must lie in [1, '),
-        (['mnist_cnn', '--attacks', '[fgsn]'], "There is no attack 'fgsn'"),
-        (['cifar_vgg', '--data.root', str(tmp_path)], 'mnist is not in'),
-        (['mnist_cnn', '--figure', 'curve.svg'], 'name an --output'),
-        (['mnist_cnn', '--checkpoint', 'weights.pth'], "'weights.pth' is not there"),
-        (['mnist_cnn', '--data.name', 'digits', '--output', str(tmp_path)], 'is a folder: name a file in it'),
-        (['mnist_cnn', '--data.name', 'digits', '--output', str(damaged)], 'holds something else and is not'),
+        (['mnist_cnn', '--attacks', '[fgsn]'], "Unknown attack 'fgsn'"),
+        (['cifar_vgg', '--data.root', str(tmp_path)], 'mnist not found in'),
+        (['mnist_cnn', '--figure', 'curve.svg'], 'Add an --output'),
+        (['mnist_cnn', '--checkpoint', 'weights.pth'], "'weights.pth' does not exist"),
+        (['mnist_cnn', '--data.name', 'digits', '--output', str(tmp_path)], 'is a folder. Name a file in it'),
+        (['mnist_cnn', '--data.name', 'digits', '--output', str(damaged)], 'is not a report and is not overwritten'),
     ):
         assert main(['evaluate', *arguments]) == 2
         assert message in capsys.readouterr().err, arguments
@@ -380,7 +383,7 @@ def test_files_that_are_no_reports(tmp_path, capsys):
     for text in ('{', '[]', '{}', '{"scores": [{}]}', '\xff', '[' * 100_000):
         (tmp_path / 'other.json').write_text(text, 'latin-1')
         assert main(['compare', str(tmp_path / 'other.json')]) == 2
-        assert "other.json' is no report" in capsys.readouterr().err
+        assert "other.json' is not a report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -395,7 +398,7 @@ def test_files_that_are_no_reports(tmp_path, capsys):
         (('scores', 1, 'radius'), -0.1, r'scores\[1\].radius must be at least 0'),
         (('scores', 1, 'radius'), math.inf, r'scores\[1\].radius must be of type float or null'),
         (('scores', 1, 'attack'), 7, r'scores\[1\].attack must be of type str'),
-        (('scores', 1, 'extra'), 7, r'scores\[1\].extra is no field'),
+        (('scores', 1, 'extra'), 7, r'scores\[1\].extra is not a field'),
         (('scores', 0), None, r'scores\[0\] must be of type dict'),
         (('scores',), [], r'scores\[0\] must be the clean one'),
         (('settings',), None, 'settings must be of type dict'),
@@ -416,7 +419,7 @@ def test_reports_from_elsewhere_are_checked_field_by_field(net, digits, tmp_path
         inner = inner[step]
     inner[last] = value
     (tmp_path / 'report.json').write_text(json.dumps(report))
-    with pytest.raises(ValueError, match=f"report.json' is no report .*{message}"):
+    with pytest.raises(ValueError, match=f"report.json' is not a report .*{message}"):
         Report.load(tmp_path / 'report.json')
 
 
@@ -519,7 +522,7 @@ def test_normalisation_is_inside(digits):
     }
     del model.pretrained_cfg
     model.register_parameter('nothing', nn.Parameter(torch.zeros(1)))
-    assert 'states no mean and std: it was given plain [0, 1] pixels' in table(evaluate(model, *digits))
+    assert 'states no mean and std, so it was given plain [0, 1] pixels' in table(evaluate(model, *digits))
 
 
 def test_attacks_with_images_and_radii_of_their_own(net, digits):
@@ -532,9 +535,25 @@ def test_attacks_with_images_and_radii_of_their_own(net, digits):
     }  # fmt: skip
     alone = evaluate(net, *digits, ['pgd'], ['0.1'], n=7, settings={'pgd': {'steps': 3}}, batch_size=4)
     assert alone.score('pgd', '0.1') == report.score('pgd', '0.1')
-    for wrong in (0, 61):
-        with pytest.raises(ValueError, match=f'n of pgd must lie in .1, 60., the images, got {wrong}'):
-            evaluate(net, *digits, ['pgd'], settings={'pgd': {'n': wrong}})
+    with pytest.raises(ValueError, match=r'n of pgd must lie in \[1, 60\], the images, got 61'):
+        evaluate(net, *digits, ['pgd'], settings={'pgd': {'n': 61}})
+
+
+def test_attacks_as_objects_are_those_by_name(net, digits):
+    settings = {'pgd': {'n': 7, 'eps': '0.1', 'steps': 3}, 'deepfool': {'iterations': 2}}
+    named = evaluate(net, *digits, ['fgsm', 'pgd', 'deepfool'], ['0.2'], settings=settings)
+    attacks = ['fgsm', tb.attacks.PGD(n=7, eps='0.1', steps=3), tb.attacks.DeepFool(iterations=2)]
+    built = evaluate(net, *digits, attacks, ['0.2'])
+    assert (built.scores, built.settings) == (named.scores, named.settings)
+    assert [kind.name for kind in tb.attacks.ATTACKS.values()] == list(tb.attacks.ATTACKS)
+    with pytest.raises(ValueError, match='steps of pgd must be a whole number, 1 or more, got 0'):
+        tb.attacks.PGD(steps=0)
+    for twice in (
+        {'attacks': ['pgd', tb.attacks.PGD(steps=3)]},
+        {'attacks': [tb.attacks.PGD()], 'settings': {'pgd': {'steps': 3}}},
+    ):
+        with pytest.raises(ValueError, match='pgd is configured twice'):
+            evaluate(net, *digits, **twice)
 
 
 def test_wilson():
@@ -566,7 +585,7 @@ def test_inside_no_grad_and_for_any_layout_the_same_counts(digits, net, attack):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
 def test_a_net_of_another_precision_is_refused_with_the_remedy(digits, net, dtype):
-    with pytest.raises(ValueError, match=rf'The weights are {dtype}.*evaluate model.float'):
+    with pytest.raises(ValueError, match=rf'The weights are {dtype}.*Evaluate model.float'):
         evaluate(copy.deepcopy(net).to(dtype), *digits)
 
 

@@ -42,7 +42,7 @@ def audited(model, digits, **options):
         ('defensive distillation', 'on the scale-free loss'),
         ('detached input', 'zero gradients'),
         ('thermometer coding', 'queries without gradients fool'),
-        ('sine shattering, CNN', 'have other gradients'),
+        ('sine shattering, CNN', 'gradients differ between neighbours'),
         ('sine shattering, MLP', 'FGSM 5'),  # far below PGD
         ('noise 0.3', 'the gradient is random'),
         ('hash ensemble', 'queries without gradients fool'),
@@ -163,7 +163,7 @@ def test_orders_that_cannot_be():
     ):  # fmt: skip
         right = {(weak, Variant(0.1)): few, (strong, Variant(0.1)): many, (strong, Variant(0.05)): many}
         weaker = (weak, 5, 100, 'Linf', 0.1)
-        assert found(weaker, (strong, 40, 100, 'Linf', 0.1), right=right) == [f'{weak} at 0.1 does more than {strong}']
+        assert found(weaker, (strong, 40, 100, 'Linf', 0.1), right=right) == [f'{weak} at 0.1 fools more than {strong}']
         assert found(weaker, (strong, 40, 100, 'Linf', 0.05), right=right) == [], 'another radius'
 
 

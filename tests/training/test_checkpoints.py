@@ -187,7 +187,7 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(tmp_path, alone, nu
     wait_for(output / 'checkpoints' / 'step_000000014', process)
     os.kill(process.pid, number)
     text = finish(process)
-    command = text.rpartition('Go on with: timm-batchout ')[2].split()
+    command = text.rpartition('Resume with: timm-batchout ')[2].split()
     assert not (output / 'model.safetensors').exists()
     assert command == ['train', '--config', str(output / 'config.yaml'), '--resume']
     assert main(command) == 0
@@ -203,7 +203,7 @@ def test_a_signal_stops_two_processes_whose_epochs_are_short(tmp_path):
     wait_for(output / 'checkpoints' / 'step_000000014', process)
     os.kill(process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=60)
-    assert text.count('Stopped and saved. Go on with 2 processes, by the launcher: -m timm_batchout.cli train') == 1
+    assert text.count('Stopped and saved. Resume by the launcher, on 2 processes: -m timm_batchout.cli train') == 1
     checkpoint = newest_checkpoint(output)
     stopped_at = int(checkpoint.name[-9:])
     epochs = stopped_at // 20 + 1
@@ -287,7 +287,7 @@ def test_names_that_are_not_ours_take_no_part_in_the_rotation(tmp_path, killed, 
     other = shutil.copytree(killed, tmp_path / 'other')
     (other / 'checkpoints' / 'step_000000080').write_text('mine')
     assert main(arguments(tmp_path, other, resume='true')) == 2
-    assert 'is a file where a checkpoint would be written. Move it away.' in capsys.readouterr().err
+    assert 'is a file in the place of a checkpoint. Move it away.' in capsys.readouterr().err
     assert (other / 'checkpoints' / 'step_000000080').read_text() == 'mine'
 
 
@@ -299,7 +299,7 @@ def test_when_all_checkpoints_are_damaged_the_advice_does_not_go_in_circles(tmp_
         with pytest.warns(UserWarning, match='Skipping damaged checkpoint'):
             assert main(arguments(tmp_path, output, resume=resume)) == 2
         error = capsys.readouterr().err
-        assert 'cannot resume' in error and 'move the folder away and start again' in error
+        assert 'cannot be resumed' in error and 'move the folder away and start again' in error
         assert 'without --resume' not in error
 
 
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, alone, monkeypatch, 
     output = tmp_path / 'run'
     assert main(arguments(tmp_path, output)) == 2
     error = capsys.readouterr().err
-    assert 'No space left on device' in error and f'The last one is {output}/checkpoints/step_000000028' in error
+    assert 'No space left on device' in error and f'The last checkpoint is {output}/checkpoints/step_000000028' in error
     assert sorted(path.name for path in (output / 'checkpoints').iterdir()) == ['step_000000014', 'step_000000028']
     monkeypatch.undo()
     assert resume(tmp_path, output) == alone
@@ -383,7 +383,7 @@ def test_resume_auto_starts_where_there_is_nothing(tmp_path, capsys):
     assert main(arguments(tmp_path, output, resume='auto', epochs=1)) == 0
     assert main(arguments(tmp_path, output, resume='auto', epochs=1)) == 0
     assert main(arguments(tmp_path, output, resume='auto', epochs=2)) == 2
-    assert 'epochs: saved 1, asked for 2' in capsys.readouterr().err
+    assert 'epochs: saved 1, now 2' in capsys.readouterr().err
     assert main(arguments(tmp_path, output, resume='auto', epochs=2, allow_changes='true')) == 0
     assert len((output / 'metrics.jsonl').read_text().splitlines()) == 2
 
@@ -521,6 +521,10 @@ def test_shares_of_any_length_are_joined():
         def gather(mine):
             if mine.dtype == torch.int64:
                 return torch.tensor([len(share) for share in shares])
-            return torch.cat([torch.cat([share, torch.zeros(5 - len(share), 2)]) for share in shares])
+            return torch.cat([Three.pad_across_processes(share) for share in shares])
+
+        @staticmethod
+        def pad_across_processes(share):
+            return torch.cat([share, torch.zeros(5 - len(share), 2)])
 
     assert all(torch.equal(_all(share, Three), torch.cat(shares)) for share in shares)

@@ -119,7 +119,7 @@ def test_resume_ends_with_the_same_weights(finished, tmp_path):
 def test_resume_refuses_a_changed_recipe_and_nothing_to_resume(finished, tmp_path, capsys):
     assert run(finished, '--epochs', '4', '--optimizer.lr', '5e-3', '--resume', 'true') == 2
     message = capsys.readouterr().err
-    assert 'optimizer.lr: saved 0.002, asked for 0.005' in message and 'allow-changes' in message
+    assert 'optimizer.lr: saved 0.002, now 0.005' in message and 'allow-changes' in message
     assert run(tmp_path / 'none', '--resume', 'true') == 2
     assert 'Nothing to resume' in capsys.readouterr().err
     assert not (tmp_path / 'none').exists()
@@ -284,7 +284,7 @@ def test_image_folder_and_tar_hold_the_same_images(tmp_path):
         (['--objective.name', 'fgsm'], 'objective.epsilon must be positive for fgsm'),
         (
             ['--model', 'cifar_vgg'],
-            'The images have 1 channels, the model takes 3 by its mean: set model_args.in_chans=1',
+            'The images have 1 channels, but the mean of the model has 3 by its mean: set model_args.in_chans=1',
         ),
         (['--model', 'batchout_mnist_cnm'], 'batchout_mnist_cnm'),
         (['--model_args', '{num_classes: 5}'], 'The model has 5 classes, the data 10'),
@@ -305,8 +305,11 @@ def test_image_folder_and_tar_hold_the_same_images(tmp_path):
         ([*PGD, '0.1', '--objective.epsilon_warmup', '2'], 'objective.epsilon_warmup is a share in [0, 1], got 2'),
         ([*PGD, '0.1', '--robust_val.steps', '0'], 'robust_val.steps must be at least 1, got 0'),
         ([*PGD, '0.1', '--augment.mixup', '0.2'], 'Mixup and CutMix mix labels'),
-        (['--objective.name', 'fgsm', '--objective.norm', 'L2', '--objective.epsilon', '0.1'], "L2 goes with 'pgd'"),
-        (['--model_args', '{num_classes: 1000000000000000}'], 'cannot be made with model_args'),
+        (
+            ['--objective.name', 'fgsm', '--objective.norm', 'L2', '--objective.epsilon', '0.1'],
+            "L2 needs objective 'pgd'",
+        ),
+        (['--model_args', '{num_classes: 1000000000000000}'], 'cannot be created with model_args'),
     ],
 )
 def test_bad_input_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, capsys, arguments, message):
@@ -349,7 +352,7 @@ def plain_net(monkeypatch):
 def test_a_net_without_pretrained_cfg_is_trained_and_scored_on_the_same_pixels(tmp_path, plain_net, capsys):
     output = tmp_path / 'run'
     assert run(output, '--model', plain_net, '--epochs', '1') == 0
-    assert 'num_classes=10 from the data' in capsys.readouterr().out
+    assert 'num_classes=10, from the data' in capsys.readouterr().out
     assert yaml.safe_load((output / 'config.yaml').read_text())['model_args'] == {'num_classes': 10}
     result = json.loads((output / 'result.json').read_text())
     model = timm.create_model(plain_net, num_classes=10)
@@ -518,7 +521,7 @@ def test_broken_images_and_empty_classes_of_a_folder(tmp_path, capsys):
                 Image.new('RGB', (8, 8)).save(folder / part / name / f'{i}.png')
     (folder / 'train' / 'cat' / 'torn.png').write_bytes(b'no image')
     config = DataConfig('image_folder', str(folder))
-    with pytest.warns(UserWarning, match=r'1 images do not decode and are left out: .*torn\.png'):
+    with pytest.warns(UserWarning, match=r'Skipping 1 images that do not decode: .*torn\.png'):
         assert len(load_split(config, train=True)) == 6
     with pytest.raises(ValueError, match=r'torn\.png does not decode .*data\.broken=skip'):
         load_split(DataConfig('image_folder', str(folder), broken='stop'), train=True)

@@ -55,7 +55,7 @@ class Runs:
 def test_no_code_is_run_and_the_remedy_is_named(net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({'state_dict': net.state_dict(), 'hook': Runs()}, 'evil.ckpt')
-    with pytest.raises(ValueError, match=r'holds more than weights.*safetensors\.torch\.save_file'):
+    with pytest.raises(ValueError, match=r'contains more than weights.*safetensors\.torch\.save_file'):
         load_checkpoint(net, 'evil.ckpt')
     assert not os.path.exists('RAN')
 
@@ -68,8 +68,8 @@ def test_files_that_do_not_fit(net, tmp_path, capsys):
     save_file(net.state_dict(), tmp_path / 'four.safetensors')
     for name, message in (
         ('cut.pth', 'is damaged'),
-        ('list.pth', 'holds no state_dict: list'),
-        ('other.pth', 'does not fit ResNet: it lacks'),
+        ('list.pth', 'contains no state_dict: got list'),
+        ('other.pth', 'does not fit ResNet. Missing:'),
     ):
         with pytest.raises(ValueError, match=message):
             load_checkpoint(net, tmp_path / name)

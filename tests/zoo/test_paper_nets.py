@@ -134,7 +134,7 @@ def test_head_and_pooling(name):
     assert model(x).shape == (3, 5)
     model.reset_classifier(0, '')
     assert torch.equal(model(x), model.forward_features(x))
-    with pytest.raises(ValueError, match='Create it anew'):
+    with pytest.raises(ValueError, match='Create a new one'):
         model.reset_classifier(5, 'avg')
     assert timm.create_model(name, drop_rate=0.1).drop.p == 0.1
 
@@ -230,7 +230,7 @@ def test_wrong_images_are_named():
             model(x)
     with pytest.raises(ValueError, match='too small'):
         timm.create_model('cifar_vgg', img_size=2)
-    with pytest.raises(ValueError, match='num_classes=0 only'):
+    with pytest.raises(ValueError, match='requires num_classes=0'):
         timm.create_model('cifar_vgg', global_pool='')
 
 

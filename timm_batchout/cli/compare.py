@@ -14,7 +14,7 @@ COLUMNS = ('attack', 'norm', 'radius', 'iteration', 'stage', 'corruption', 'corr
 
 @dataclass
 class CompareConfig:
-    """Reports of several models as one table, and as curves.
+    """Show reports of several models as one table, and as curves.
 
     Args:
         reports: JSON files that ``evaluate`` wrote.

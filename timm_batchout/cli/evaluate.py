@@ -14,31 +14,30 @@ __all__ = ['EvaluateConfig', 'run']
 
 @dataclass
 class EvaluateConfig:
-    """Accuracy of a model, clean and under attack, and whether its gradients can be trusted, as one JSON report.
+    """Measure the accuracy of a model, clean and under attack, and whether its gradients can be trusted.
 
     Args:
-        model: A timm model name, with or without tag, or hf-hub:NAMESPACE/NAME.
-        checkpoint: Evaluate this file instead of the pretrained weights: .safetensors, or timm's .pth.tar, a .pth or
-            Lightning's .ckpt, which are read without running code from them.
+        model: Model name, with or without tag, or hf-hub:NAMESPACE/NAME.
+        checkpoint: Evaluate this file instead of the pretrained weights: .safetensors, timm's .pth.tar, .pth or
+            Lightning's .ckpt. No code from it is run.
         model_args: Keyword arguments for ``timm.create_model``.
         data: The test set.
-        images: How many of its images, drawn by the seed; 0: all of it.
-        attacks: fgsm, pgd, pgd_l2, deepfool, deepfool_unclipped, ddn, autoattack, autoattack_l2, transfer, noise,
-            corruptions.
-        eps: L-infinity radii in [0, 1] pixels; fractions are welcome: '[1/255, 2/255]'.
+        images: Number of test images, drawn at random; 0: all.
+        attacks: Names of attacks: fgsm, pgd, pgd_l2, deepfool, deepfool_unclipped, ddn, autoattack, autoattack_l2,
+            transfer, noise, corruptions.
+        eps: L-infinity radii in [0, 1] pixels, e.g. 1/255 2/255.
         eps_l2: L2 radii in [0, 1] pixels.
-        settings: Of the attacks, in place of their defaults: '{pgd: {steps: 100}}'.
-        transfer_from: The model whose adversarial images 'transfer', and the audit, take.
+        settings: Settings of attacks, by name: '{pgd: {steps: 100}, autoattack: {n: 500}}'.
+        transfer_from: The model on which 'transfer', and the audit, craft images.
         audit: Check for gradient masking.
         batch_size: Images at a time.
-        seed: Of the draw and of the attacks.
-        device: Where to compute; empty: a GPU if there is one.
+        seed: Seed of the draw and of the attacks.
+        device: Device to compute on; empty: a GPU if there is one.
         output: Write the report to this JSON file.
-        expect: An earlier report of these weights: show where this one differs, and exit with 1 if it does.
+        expect: An earlier report on these weights: print the differences, and exit with 1 if there are any.
         figure: Draw accuracy over the radius to this file (.svg, .png).
-        examples: Draw some images to this file (.png): as they are, under PGD at the largest of eps, and what the model
-            sees in both.
-        resume: Continue an interrupted evaluation with the same settings; false: measure all of it again.
+        examples: Draw images, their PGD perturbations at the largest of eps, and the predictions to this file (.png).
+        resume: Continue an interrupted evaluation with the same settings; false: start again.
     """
 
     model: str
@@ -64,22 +63,24 @@ class EvaluateConfig:
 
 def run(config: EvaluateConfig) -> int:
     from timm_batchout.data.memory import data_label, load_test_set
-    from timm_batchout.robustness.attacks import check_available
+    from timm_batchout.robustness.attacks import as_attacks
     from timm_batchout.robustness.chunks import Chunks
     from timm_batchout.robustness.harness import evaluate
 
-    check_available(config.attacks)
+    as_attacks(config.attacks, config.settings)
     if config.figure and not config.output:
-        raise ValueError('A figure is drawn from a report: name an --output as well.')
+        raise ValueError('A figure is drawn from a report. Add an --output.')
     radii = [parse_radius(eps) for eps in config.eps]
     if config.examples and not any(radii):
-        raise ValueError(f'examples are drawn at the largest of eps, got {config.eps}: name a radius above 0.')
+        raise ValueError(f'examples are drawn at the largest of eps, which must be above 0; got {config.eps}.')
     _check_output(config.output)
     expected = Report.load(config.expect) if config.expect else None
     model = _load(config.model, config.checkpoint, config.model_args)
     images = load_test_set(config.data, model)
     if not 0 <= config.images <= len(images):
-        raise ValueError(f'images must lie in [1, {len(images)}], the test set, or be 0 for all; got {config.images}.')
+        raise ValueError(
+            f'images must lie in [1, {len(images)}], the size of the test set, or be 0 for all; got {config.images}.'
+        )
     state = _processes()
     chunks = Chunks(Path(f'{config.output}.chunks') if config.output else None, config.resume)
     device = config.device or str(state.device)
@@ -106,8 +107,10 @@ def run(config: EvaluateConfig) -> int:
         )
     except KeyboardInterrupt as error:
         if config.output:
-            raise KeyboardInterrupt('interrupted. Finished chunks are kept: the same command goes on.') from error
-        raise KeyboardInterrupt('interrupted. With --output, finished chunks would have been kept.') from error
+            raise KeyboardInterrupt(
+                'interrupted. Finished chunks are saved: repeat the command to continue.'
+            ) from error
+        raise KeyboardInterrupt('interrupted. Add an --output to save finished chunks.') from error
     state.wait_for_everyone()  # all have read the chunks
     if state.is_main_process:
         print(table(report))
@@ -131,17 +134,17 @@ def run(config: EvaluateConfig) -> int:
 
 
 def _check_output(output: str) -> None:
-    """Raise ValueError if a report written there would destroy something else, or cannot be written."""
+    """Raise ValueError if a report cannot be written there, or would overwrite something else."""
     path = Path(output)
     if not output:
         return
     if path.is_dir():
-        raise ValueError(f'output {output!r} is a folder: name a file in it, e.g. {output.rstrip("/")}/report.json.')
+        raise ValueError(f'output {output!r} is a folder. Name a file in it, e.g. {output.rstrip("/")}/report.json.')
     if path.exists():
         try:
             Report.load(path)
         except ValueError as error:
-            raise ValueError(f'output {output!r} holds something else and is not overwritten. {error}') from error
+            raise ValueError(f'output {output!r} is not a report and is not overwritten. {error}') from error
 
 
 def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) -> Any:
@@ -153,12 +156,12 @@ def _load(name: str, checkpoint: str, model_args: dict[str, Any] | None = None) 
     from timm_batchout.zoo.timm_twins import check_model_name
 
     if name.endswith('.safetensors') or Path(name).is_file():
-        raise ValueError(f'{name!r} is a file: name the architecture as MODEL, and the file as --checkpoint.')
+        raise ValueError(f'{name!r} is a file. Give the architecture as MODEL, and the file as --checkpoint.')
     check_model_name(name)
     if not checkpoint:
         return timm.create_model(name, **{'pretrained': True, **(model_args or {})})
     if not Path(checkpoint).is_file():
-        raise ValueError(f'checkpoint {checkpoint!r} is not there: name a .safetensors file, e.g. of a run folder.')
+        raise ValueError(f'checkpoint {checkpoint!r} does not exist. Give a weights file, e.g. RUN/model.safetensors.')
     model = timm.create_model(name, **(model_args or {}))
     load_checkpoint(model, checkpoint)
     return model

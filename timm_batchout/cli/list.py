@@ -11,11 +11,11 @@ __all__ = ['ListConfig', 'run']
 
 @dataclass
 class ListConfig:
-    """The bundled weights and their accuracy.
+    """List the bundled weights and their accuracy.
 
     Args:
-        data: Only those of this data set: mnist, cifar10.
-        norm: With --json, only accuracies under AutoAttack of this norm: Linf or L2.
+        data: Only models of this data set: mnist, cifar10.
+        norm: With --json, only AutoAttack in this norm: Linf or L2.
         json: Print JSON: a record for each model and radius of AutoAttack, the most robust first.
     """
 
@@ -26,7 +26,7 @@ class ListConfig:
 
 def run(config: ListConfig) -> int:
     if config.norm and not config.json:
-        raise ValueError('--norm chooses records of --json: add that, or leave --norm out.')
+        raise ValueError('--norm filters the records of --json. Add --json, or leave out --norm.')
     if config.json:
         print(json.dumps([entry._asdict() for entry in list_robust(config.data, config.norm)], indent=1))
     else:

@@ -1,4 +1,4 @@
-"""The command line: timm-batchout COMMAND. Every flag is a field of the command's config dataclass."""
+"""timm-batchout: robust image classifiers for timm. Every flag is a field of the command's config dataclass."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         if name not in COMMANDS:
             print(_overview())
             return 0 if name in ('-h', '--help', 'help') else _fail(
-                f'there is no command {name!r}.{did_you_mean(name, COMMANDS)}'
+                f'unknown command {name!r}.{did_you_mean(name, COMMANDS)}'
             )  # fmt: skip
         config_class, run = COMMANDS[name]
         asked = next((i for i, word in enumerate(words) if word in ('-h', '--help')), None)
@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except ImportError as error:
         return _fail(f'{error.name} is missing. In a checkout: pip install -e ".[train,attacks]"')
-    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not fail at exit
+    except BrokenPipeError:  # closed by `| head`; the rest of the buffer must not fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except FileNotFoundError as error:
-        return _fail(f'there is no file {str(error.filename)!r}.' if error.filename else str(error))
+        return _fail(f'{str(error.filename)!r} does not exist.' if error.filename else str(error))
     except (ValueError, FloatingPointError, RuntimeError, OSError) as error:
         return _fail(str(error))
     except KeyboardInterrupt as error:

@@ -17,18 +17,18 @@ class PublishConfig:
     The token comes from `hf auth login` or HF_TOKEN.
 
     Args:
-        model: A bundled model ('arch.tag'), or the timm name of what --checkpoint holds.
+        model: A bundled model ('arch.tag'), or the model name of the --checkpoint.
         all: All bundled models, each with its own report.
-        report: What `evaluate` wrote for these weights.
+        report: The report of `evaluate` on these weights.
         twin: The report of the same net without defence, for comparison.
         repo: NAMESPACE/NAME; by default the model's name in the namespace of TIMM_BATCHOUT_HUB_NAMESPACE.
         checkpoint: A .safetensors file, for weights that are not bundled.
         run: The run folder that trained the checkpoint.
         model_args: Keyword arguments for ``timm.create_model``.
         cards: Folder of all cards.
-        license: Of the weights: mit, apache-2.0, ...; by default that of the architecture's weights in timm.
-        private: Create the repository as a private one; one that is there and public is refused.
-        dry_run: Stage and show; push nothing.
+        license: Licence of the weights: mit, apache-2.0, ...; by default that of the architecture's weights in timm.
+        private: Create the repository as a private one; an existing public one is refused.
+        dry_run: Stage and show the files, and push nothing.
     """
 
     model: str = ''
@@ -55,7 +55,7 @@ def run(config: PublishConfig) -> int:
     of_one = ('repo', 'report', 'checkpoint', 'run', 'twin', 'model_args')
     given = [f'--{name}' for name in of_one if getattr(config, name)]
     if config.all and given:
-        raise ValueError(f'{", ".join(given)}: for one model, not for --all, which takes the bundled ones as they are.')
+        raise ValueError(f'{", ".join(given)} cannot be combined with --all.')
     if config.all:
         cards = weights.bundled_cards()
         undefended = {_net_and_data(card): name for name, card in cards.items() if '.baseline_' in name}
@@ -66,7 +66,7 @@ def run(config: PublishConfig) -> int:
         folder = weights.FOLDER
     else:
         if not config.report:
-            raise ValueError('A model is published with its report: name what `evaluate` wrote as --report.')
+            raise ValueError('A model is published with its report. Give the report of `evaluate` as --report.')
         run = json.loads((Path(config.run) / 'result.json').read_text()) if config.run else {}
         source = (Path(config.checkpoint), run) if config.checkpoint else bundled(config.model)
         todo = [(config.model, *source, config.report, config.twin)]
@@ -88,7 +88,7 @@ def run(config: PublishConfig) -> int:
             print(f'  {path:20} {local.stat().st_size / 1024:10.1f} KiB')
         if not config.dry_run:
             changed = push(repository, config.private)
-            print(f'  pushed: {", ".join(changed)}' if changed else '  nothing has changed: nothing was pushed')
+            print(f'  pushed: {", ".join(changed)}' if changed else '  nothing pushed, because nothing has changed')
     return 0
 
 

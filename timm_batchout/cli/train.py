@@ -11,7 +11,7 @@ def run(config: TrainConfig) -> int:
 
     try:
         train(config)
-    except Interrupted as stopped:  # asked for, and saved: no failure
+    except Interrupted as stopped:  # requested and saved, so not a failure
         if str(stopped):  # on the main process
             print(stopped)
     return 0

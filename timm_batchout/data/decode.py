@@ -1,4 +1,4 @@
-"""From a decoded picture to eight bits per channel."""
+"""Decoded pictures to eight bits per channel."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ __all__ = ['is_class', 'to_mode']
 
 
 def to_mode(image: Any, mode: str) -> Any:
-    """A PIL image in another mode; 16-bit greyscale is scaled to 8 bits, where Pillow's ``convert`` clips at 255.
+    """Convert a PIL image; 16-bit greyscale is scaled to 8 bits, whereas Pillow's ``convert`` clips it at 255.
 
     Args:
-        image: As Pillow opened it.
-        mode: 'RGB' or 'L'; empty: as it is.
+        image: As opened by Pillow.
+        mode: 'RGB' or 'L'; empty: unchanged.
 
     Raises:
         OSError: Its pixels do not decode.
@@ -28,5 +28,5 @@ def to_mode(image: Any, mode: str) -> Any:
 
 
 def is_class(folder: str) -> bool:
-    """Folders that tools leave behind (.ipynb_checkpoints, __MACOSX) hold no class."""
+    """Whether a folder is a class, and not one that tools leave behind (.ipynb_checkpoints, __MACOSX)."""
     return not folder.startswith('.') and folder != '__MACOSX'

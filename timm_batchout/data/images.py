@@ -1,4 +1,4 @@
-"""What evaluation takes: images by number, decoded no earlier than they are needed."""
+"""Labelled images by number, decoded only when they are needed: what evaluation reads."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Images(Protocol):
     """Labelled images.
 
     Attributes:
-        class_names: By class number; empty where the data does not say.
+        class_names: Names by class number; empty if the data has none.
     """
 
     @property
@@ -23,11 +23,11 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def select(self, indices: Tensor) -> 'Images':
-        """These images, int64 (N,), in this order. Of a stream they are read now, in one pass."""
+        """The images with these numbers, int64 (N,), in this order. A stream is read now, in one pass."""
         ...
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W), uint8 or floating in [0, 1], and labels (B,), int64; broken images are left out."""
+        """Images (B, C, H, W), uint8 or floating in [0, 1], and labels (B,), int64, without broken images."""
         ...
 
 
@@ -38,7 +38,7 @@ class Split:
     Attributes:
         images: (N, C, H, W), uint8; for evaluation also floating in [0, 1].
         labels: (N,), int64.
-        class_names: By class number; empty where the data does not say.
+        class_names: Names by class number; empty if the data has none.
     """
 
     images: Tensor
@@ -61,9 +61,9 @@ class Split:
 
 
 def laid_out(images: Tensor, channels_last: bool) -> Tensor:
-    """Images (B, C, H, W) in a memory format; contiguous ones with the strides that tell it.
+    """Images (B, C, H, W) in a memory format, with unambiguous strides.
 
-    Those of one channel are contiguous either way, and convolutions would take some strides for channels_last.
+    One-channel images are contiguous in both formats, and convolutions would take some strides for channels_last.
     """
     if channels_last:
         return images.contiguous(memory_format=torch.channels_last)
@@ -75,10 +75,10 @@ class DatasetImages:
 
     Args:
         dataset: Its images are tensors (C, H, W), uint8 or floating in [0, 1].
-        indices: Which of them; None: all.
+        indices: Numbers of the images; None: all.
 
     Raises:
-        ValueError: While reading: pairs of something else, or images of several sizes.
+        ValueError: While reading: not pairs of image and label, or images of several sizes.
     """
 
     def __init__(self, dataset: Any, indices: Tensor | None = None):
@@ -98,6 +98,6 @@ class DatasetImages:
             return torch.stack(images), torch.tensor(labels)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                'A data set must hold pairs of an image, a tensor (C, H, W) that is uint8 or in [0, 1], all of one '
+                'A data set must yield pairs of an image, a tensor (C, H, W) that is uint8 or in [0, 1], all of one '
                 f'size, and a class number: {error}.'
             ) from error

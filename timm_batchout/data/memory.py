@@ -1,4 +1,4 @@
-"""Datasets small enough to live on the device as uint8 tensors, and the loader that draws batches from them."""
+"""Data sets small enough to be held on the device as uint8 tensors, and the loader that draws batches from them."""
 
 import io
 import warnings
@@ -26,7 +26,7 @@ def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSpli
     """Training, validation and test split. Validation is held out of the training set, stratified by class.
 
     Raises:
-        ValueError: The data is not there or not in the expected layout.
+        ValueError: The data is missing or not in the expected layout.
     """
     if config.name == 'timm':
         return load_timm_splits(config)
@@ -45,26 +45,26 @@ def load_data(config: DataConfig) -> tuple[Split, Split, Split] | tuple[TimmSpli
 
 
 def load_split(config: DataConfig, train: bool) -> Split:
-    """The training or the test set of a dataset, whole and in its original order.
+    """The training or the test set, whole and in its original order.
 
     Raises:
-        ValueError: The data is not there or not in the expected layout, or is not held in memory ('timm').
+        ValueError: The data is missing or not in the expected layout, or is not held in memory ('timm').
     """
     if config.name == 'timm':
-        raise ValueError("data.name='timm' is not held in memory: load_test_set reads it.")
+        raise ValueError("data.name='timm' is not held in memory. Use load_test_set.")
     loaders = {'mnist': _torchvision, 'cifar10': _torchvision, 'digits': _digits, 'image_folder': _image_folder}
     return loaders[config.name](config, train)
 
 
 def load_test_set(config: DataConfig, model: nn.Module) -> Images:
-    """The test set, as evaluation takes it.
+    """The test set, for evaluation.
 
     Args:
-        config: Which; 'timm' data is resized and cropped as training does it for this model.
+        config: The data; 'timm' data is resized and cropped as in training this model.
         model: See ``input_cfg``.
 
     Raises:
-        ValueError: The data is not there or not in the expected layout.
+        ValueError: The data is missing or not in the expected layout.
     """
     if config.name != 'timm':
         return load_split(config, train=False)
@@ -85,8 +85,8 @@ def _torchvision(config: DataConfig, train: bool) -> Split:
         dataset = cls(config.root, train=train, download=config.download)
     except RuntimeError as error:
         raise ValueError(
-            f'{config.name} is not in {config.root!r} (data.root). Set data.root to the folder that holds it, '
-            'or data.download=true to fetch it.'
+            f'{config.name} not found in {config.root!r} (data.root). Set data.root to the folder that contains it, '
+            'or data.download=true to download it.'
         ) from error
     images = torch.as_tensor(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
@@ -126,19 +126,21 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
                 images.append(np.asarray(to_mode(image, 'RGB')))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             if config.broken == 'stop':
-                raise ValueError(f'{file.name} does not decode ({error}). data.broken=skip passes over it.') from error
+                raise ValueError(
+                    f'{file.name} does not decode ({error}). Set data.broken=skip to skip such images.'
+                ) from error
             broken.append(file.name)
             continue
         classes.append(file.label)
     if not images:
-        raise ValueError(f'No images in {config.root!r} (data.root): expected {part}/<class>/<image>.')
+        raise ValueError(f'No images in {config.root!r} (data.root). Expected {part}/<class>/<image>.')
     if broken:
-        warnings.warn(f'{len(broken)} images do not decode and are left out: {broken[0]}, ...', stacklevel=2)
+        warnings.warn(f'Skipping {len(broken)} images that do not decode: {broken[0]}, ...', stacklevel=2)
     empty = sorted((names['train'] | names['test']) - set(classes))
     if empty:
         raise ValueError(f'Classes of {config.root!r} without an image in {part!r}: {", ".join(empty[:5])}.')
     if len({image.shape for image in images}) > 1:
-        raise ValueError(f"The images in {config.root!r} differ in size: use data.name='timm', which resizes them.")
+        raise ValueError(f"The images in {config.root!r} differ in size. Use data.name='timm', which resizes them.")
     index = {name: i for i, name in enumerate(sorted(set(classes)))}
     tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return Split(tensor, torch.tensor([index[name] for name in classes]), tuple(index))
@@ -146,10 +148,10 @@ def _image_folder(config: DataConfig, train: bool) -> Split:
 
 @dataclass
 class _File:
-    """An image file of a class; without a name, the class alone.
+    """An image file of a class; without a name, only the class.
 
     Attributes:
-        content: A path, the bytes of a member of a tar, or why it cannot be read.
+        content: A path, the bytes of a member of a tar, or the reason why it cannot be read.
     """
 
     part: str
@@ -162,7 +164,7 @@ class _File:
             raise OSError(self.content)
         if isinstance(self.content, bytes):
             return io.BytesIO(self.content)
-        if not self.content.is_file():  # a pipe would block for ever
+        if not self.content.is_file():  # a pipe would block forever
             raise OSError('not a regular file')
         return self.content.open('rb')
 
@@ -194,24 +196,24 @@ def _is_image(path: Path) -> bool:
 
 
 class TensorLoader:
-    """Batches of float images in [0, 1] from a split that stays on the device: no worker, no copy per step.
+    """Batches of float images in [0, 1] from a split that stays on the device: no workers, no copy per step.
 
-    Training batches come in an order that depends on seed and epoch alone, and the last incomplete one is dropped;
-    evaluation batches come in order, all of them.
+    Training batches come in an order that depends only on seed and epoch, without the last incomplete one. Evaluation
+    batches come in the order of the split, all of them.
 
     Args:
         split: The images.
         batch_size: Images per batch.
-        device: Where they live.
+        device: Device that holds them.
         channels_last: Memory format of the batches.
         shuffle: Training mode.
-        seed: Of the order and the augmentations.
-        augment: Training mode: what is drawn at random (``hflip`` and ``padding``).
-        rank, world_size: This process takes every world_size-th image of the common order, from the rank-th on.
+        seed: Seed of the order and the augmentation.
+        rank, world_size: This process takes every world_size-th image of the common order, starting at the rank-th.
+        augment: Training mode: random augmentation (``hflip`` and ``padding``).
 
     Attributes:
-        epoch: Which epoch's order the next iteration takes; set it before each.
-        start: The first batch of the next iteration; above 0 where a resumed run goes on within an epoch.
+        epoch: The epoch whose order the next iteration takes; set it before each.
+        start: The first batch of the next iteration; above 0 if a run is resumed within an epoch.
     """
 
     def __init__(
@@ -259,7 +261,7 @@ class TensorLoader:
             yield laid_out(images, self.channels_last), self.labels[batch]
 
     def _augmented(self, images: Tensor, augment: AugmentConfig, step: int) -> Tensor:
-        """Crops and flips that depend on seed, epoch, step and rank alone."""
+        """Crops and flips that depend only on seed, epoch, step and rank."""
         key = [self.seed, self.epoch, step, self.rank]
         generator = np.random.default_rng(key)
         count, _, height, width = images.shape

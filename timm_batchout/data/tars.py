@@ -1,4 +1,4 @@
-"""Tar files of images, read to their end: Python's tarfile takes a damaged header, or a cut, for it."""
+"""Tar files of images, checked to their end: Python's tarfile takes a damaged header, or a cut, for the end."""
 
 import lzma
 import tarfile
@@ -9,11 +9,11 @@ from pathlib import Path
 
 __all__ = ['content', 'whole_tar']
 
-LARGEST_FILE = 64 * 2**20  # bytes of an image: a small archive may claim any size
+LARGEST_FILE = 64 * 2**20  # bytes of an image, because a small archive may claim any size
 
 
 class _Member(tarfile.TarInfo):
-    """Keeps why the archive ended."""
+    """Remembers why the archive ended."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> '_Member':
@@ -26,10 +26,10 @@ class _Member(tarfile.TarInfo):
 
 @contextmanager
 def whole_tar(path: Path) -> Iterator[tarfile.TarFile]:
-    """An open tar file. Its members must be iterated over inside, all of them.
+    """An open tar file. All of its members must be iterated over inside.
 
     Raises:
-        ValueError: On leaving: it is no tar, is damaged, or lacks its end.
+        ValueError: On leaving: the file is not a tar, is damaged, or lacks its end.
     """
     count = 0
     try:
@@ -37,13 +37,15 @@ def whole_tar(path: Path) -> Iterator[tarfile.TarFile]:
             yield tar
             count = len(tar.getmembers())
             if not isinstance(getattr(tar, 'ended', None), tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                raise ValueError(f'{str(path)!r} (data.root) is cut or damaged after {count} members: copy it again.')
+                raise ValueError(
+                    f'{str(path)!r} (data.root) is truncated or damaged after {count} members. Copy it again.'
+                )
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise ValueError(f'{str(path)!r} (data.root) is no whole tar file: {error}. Copy it again.') from error
+        raise ValueError(f'{str(path)!r} (data.root) is not a complete tar file: {error}. Copy it again.') from error
 
 
 def content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | str:
-    """The bytes of a member; or, as text, why it has none."""
+    """The bytes of a member; or, as text, the reason why it has none."""
     if member.size > LARGEST_FILE:
         return f'it has {member.size / 2**20:.0f} MiB'
     try:

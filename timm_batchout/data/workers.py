@@ -1,7 +1,7 @@
-"""Image sets too large to hold: timm.data's datasets and transforms, read by worker processes.
+"""Data sets too large to hold in memory: timm.data's data sets and transforms, read by worker processes.
 
-timm's own loader draws order and augmentations from the global random state, so that no run could go on within an epoch
-to the same bits. Here they depend on seed, epoch and image alone, whatever the number of workers and processes.
+timm's own loader draws order and augmentation from the global random state, so a run resumed within an epoch would end
+with other weights. Here they depend only on seed, epoch and image, whatever the number of workers and processes.
 """
 
 import os
@@ -27,28 +27,29 @@ from timm_batchout.pixels import normalization
 
 __all__ = ['TimmLoader', 'TimmSplit', 'input_cfg', 'load_timm_splits']
 
-CONSECUTIVE_BROKEN = 10  # so many in a row are no accident
-# What reading an image raises: its decoders, and links in a tar that lead nowhere.
+CONSECUTIVE_BROKEN = 10  # this many in a row are no accident
+# Raised by decoders, and by links in a tar whose target is missing.
 BROKEN = (RuntimeError, OSError, SyntaxError, KeyError, RecursionError, DecompressionBombError)
-Sample = tuple[np.ndarray, int, str]  # uint8 (C, H, W), label, why it could not be read
+Sample = tuple[np.ndarray, int, str]  # uint8 (C, H, W), label, error
 
 
 class TimmSplit:
-    """One split of a dataset that ``timm.data.create_dataset`` opens; no image is read before it is needed.
+    """One split of a data set that ``timm.data.create_dataset`` opens. Images are read only when they are needed.
 
     Args:
-        config: Where it is.
-        split: Its name there.
+        config: The data set.
+        split: Name of the split.
         training: Streamed sets are shuffled, and cut into equal shares.
-        class_to_idx: Labels by class name, where another split has fixed them; folders only.
+        class_to_idx: Labels by class name, if another split has fixed them; folders only.
 
     Attributes:
-        streamed: It can be read in order only (WebDataset, streamed Hugging Face datasets).
-        indices: Of its images, (N,) int64; None where streamed.
-        classes: How many the dataset names; 0: it does not say.
+        streamed: It can only be read in order (WebDataset, streamed Hugging Face data sets).
+        indices: Numbers of its images, (N,) int64; None if streamed.
+        classes: Number of classes that the data set names; 0: unknown.
 
     Raises:
-        ValueError: There is no such dataset, split or image; an empty class folder; classes that training has not.
+        ValueError: The data set, split or images are missing; a class folder is empty, or unknown to the training
+            split.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class TimmSplit:
         if self.class_to_idx is None:
             self.class_to_idx = found
         if training and not self.total:
-            raise ValueError(f'No images in split {split!r} of {self._name}; streamed sets need options.num_samples.')
+            raise ValueError(f'No images in split {split!r} of {self._name}. Streamed sets need options.num_samples.')
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """By class number; empty where the dataset does not say."""
+        """Names by class number; empty if the data set has none."""
         reader = getattr(self.dataset, 'reader', None)
         features = getattr(getattr(reader, 'dataset', None), 'features', None) or {}
         names = getattr(features.get(getattr(reader, 'label_key', '')), 'names', None)
@@ -89,19 +90,19 @@ class TimmSplit:
         return part
 
     def check_labelled(self) -> None:
-        """Test splits of public sets often have no labels (-1); their first image tells it before any training."""
+        """Test splits of public sets often have no labels (-1): look at the first image before any training."""
         try:
             _, label = next(iter(self.dataset)) if self.streamed else self.dataset[0]
-        except (RuntimeError, OSError, StopIteration):  # one that does not decode is dealt with where it is read
+        except (RuntimeError, OSError, StopIteration):  # images that do not decode are handled where they are read
             return
         if label is None or int(label) < 0:
             raise ValueError(
-                f'Split {self.split!r} of {self._name} has no labels (its first is {label}). Choose another one '
+                f'Split {self.split!r} of {self._name} has no labels (the first is {label}). Choose another one '
                 '(data.val_split, data.test_split).'
             )
 
     def open(self, seed: int = 0, batch_size: int = 1, image_mode: str = 'RGB') -> Any:
-        """The dataset, giving PIL images and labels."""
+        """The data set, which yields PIL images and labels."""
         config = self.config
         options: dict[str, Any] = {'download': config.download, **config.options}
         root, folder = config.root or None, None
@@ -130,19 +131,19 @@ class TimmSplit:
         return dataset
 
     def _check_tar(self) -> None:
-        """timm takes a tar that is cut or damaged for a whole one."""
+        """Check a tar file: timm takes a truncated or damaged one for a complete one."""
         if self.config.dataset in ('', 'folder') and (path := self._folder()).is_file():
             with whole_tar(path) as tar:
                 for _ in tar:
                     pass
 
     def _check_classes(self, folder: Path, reader: Any) -> None:
-        """timm passes over class folders that are empty, or that the training split has not."""
+        """Check class folders: timm skips those that are empty or unknown to the training split."""
         present = {label for _, label in reader.samples}
         classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_class(path.name))
         unknown = [name for name in classes if self.class_to_idx and name not in self.class_to_idx]
         if unknown:
-            raise ValueError(f'{str(folder)!r} has classes that the training split has not: {", ".join(unknown[:5])}.')
+            raise ValueError(f'{str(folder)!r} has classes that the training split lacks: {", ".join(unknown[:5])}.')
         empty = [name for name in classes if reader.class_to_idx.get(name) not in present]
         if empty:
             raise ValueError(f'Class folders without an image in {str(folder)!r}: {", ".join(empty[:5])}.')
@@ -152,8 +153,8 @@ class TimmSplit:
             if path.exists():
                 return path
         raise ValueError(
-            f'There is no {self.split!r} (a folder of class folders) or {self.split + ".tar"!r} in '
-            f'{self.config.root!r} (data.root). data.train_split, val_split and test_split name them.'
+            f'Neither {self.split!r} (a folder of class folders) nor {self.split + ".tar"!r} exists in '
+            f'{self.config.root!r} (data.root). Set data.train_split, val_split and test_split.'
         )
 
 
@@ -164,7 +165,7 @@ def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSpli
     if config.val_split:
         return train, _labelled(config, config.val_split, train), test
     if train.streamed:
-        raise ValueError('A streamed training set has no images that could be held out: name a data.val_split.')
+        raise ValueError('Images of a streamed training set cannot be held out. Set data.val_split.')
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.split_seed))
     count = round(config.val_fraction * len(train))
     if not count:
@@ -173,10 +174,10 @@ def load_timm_splits(config: DataConfig) -> tuple[TimmSplit, TimmSplit, TimmSpli
 
 
 def load_timm_test_split(config: DataConfig) -> TimmSplit:
-    """The test split; of a folder the training split gives the classes their numbers, where it is there."""
+    """The test split. If it is a folder with a training split beside it, that split numbers the classes."""
     try:
         train = TimmSplit(config, config.train_split)
-    except ValueError:  # somebody else's data, without a training split
+    except ValueError:  # data without a training split
         return _labelled(config, config.test_split)
     return _labelled(config, config.test_split, train)
 
@@ -188,9 +189,9 @@ def _labelled(config: DataConfig, split: str, train: TimmSplit | None = None) ->
 
 
 def input_cfg(model: nn.Module, config: DataConfig) -> dict[str, Any]:
-    """What the model's ``pretrained_cfg`` says of its input (``timm.data.resolve_model_data_config``), resized.
+    """The model's input (``timm.data.resolve_model_data_config``), at ``data.image_size`` if that is set.
 
-    Mean and std are those of ``normalization``: timm would give ImageNet's to a net that states none.
+    Mean and std come from ``normalization``: timm would assume ImageNet's for a net that states none.
     """
     cfg = resolve_model_data_config(model)
     cfg['mean'], cfg['std'] = normalization(model)
@@ -202,25 +203,25 @@ def input_cfg(model: nn.Module, config: DataConfig) -> dict[str, Any]:
 class TimmLoader:
     """Batches of float images in [0, 1], decoded, cropped and augmented by workers.
 
-    Order and sharding are those of ``TensorLoader``. Streamed sets: training shards are dealt out by timm's reader and
-    a resumed epoch is read again from its start; in evaluation every process reads all and takes its share of batches.
+    Order and sharding are those of ``TensorLoader``. For streamed sets, timm's reader distributes the training shards,
+    and a resumed epoch is read from its start again. In evaluation every process reads all and takes its batches.
 
     Args:
         split: The images.
         batch_size: Images per batch and process.
         model_cfg: ``input_cfg`` of the model: size, interpolation, crop.
-        classes: Labels must lie below.
-        augment: Training mode: what is drawn at random.
-        device, channels_last, shuffle, seed, rank, world_size: As for ``TensorLoader``.
+        classes: Number of classes; labels must be smaller.
+        augment: Training mode: random augmentation.
+        device, channels_last, shuffle, seed, rank, world_size: See ``TensorLoader``.
 
     Attributes:
-        epoch, start: As for ``TensorLoader``.
-        broken: Images that could not be read since the iteration began. Training takes the next one in their place,
-            evaluation leaves them out.
+        epoch, start: See ``TensorLoader``.
+        broken: Images that could not be read since the iteration began. Training replaces each by the next one,
+            evaluation leaves it out.
 
     Raises:
         ValueError: While iterating: a label outside the classes; an image that cannot be read, if ``data.broken`` is
-            'stop', and in any case after ten in a row.
+            'stop', or ten of them in a row in any case.
     """
 
     def __init__(
@@ -247,7 +248,7 @@ class TimmLoader:
         self.epoch = 0
         self.start = 0
         self.broken = 0
-        self._keys: list[tuple[int, int]] = []  # (epoch, index) of the images to come: workers live through all epochs
+        self._keys: list[tuple[int, int]] = []  # (epoch, index) of the coming images: workers outlive an epoch
         self._batches: Any = None if split.streamed else self._indexed()
 
     def __len__(self) -> int:
@@ -260,18 +261,18 @@ class TimmLoader:
         for images, labels, errors in self._stream() if self.split.streamed else self._ordered():
             self.broken += sum(map(bool, errors))
             if any(errors) and self.split.config.broken == 'stop':
-                raise ValueError(f'{next(filter(None, errors))}. data.broken=skip passes such images over.')
+                raise ValueError(f'{next(filter(None, errors))}. Set data.broken=skip to skip such images.')
             good = labels >= 0
             if (~good).sum() > sum(map(bool, errors)):
                 raise ValueError(
                     f'The data has the label {int(labels.min())}: an image without a label. Choose another split '
-                    '(data.train_split, val_split, test_split).'
+                    '(data.train_split, val_split or test_split).'
                 )
             if not good.all():  # in evaluation
                 images, labels = images[good], labels[good]
             if len(labels) and labels.max() >= self.classes:
                 raise ValueError(
-                    f'The data has the label {int(labels.max())}, the model {self.classes} classes: set '
+                    f'The data has the label {int(labels.max())}, but the model {self.classes} classes. Set '
                     'model_args.num_classes.'
                 )
             images = images.to(self.device, non_blocking=True).float().div_(255)
@@ -289,7 +290,7 @@ class TimmLoader:
 
     def _indexed(self) -> DataLoader[Any]:
         dataset = self.split.open(image_mode=self.image_mode)
-        workers = min(self.split.config.workers, os.cpu_count() or 1)  # how many, does not change an image
+        workers = min(self.split.config.workers, os.cpu_count() or 1)  # the number does not change any image
         return self._data_loader(
             IndexedImages(dataset, self.transform, self.seed, replace_broken=self.shuffle),
             workers,
@@ -324,15 +325,15 @@ class TimmLoader:
 
 
 class TimmImages:
-    """The images of a split as ``Images``: resized and cropped as ``TimmLoader`` does it in evaluation.
+    """The images of a split as ``Images``, resized and cropped as ``TimmLoader`` does in evaluation.
 
     Args:
         split: The images.
         model_cfg: ``input_cfg`` of the model: size, interpolation, crop.
 
     Attributes:
-        crop_pct: Share of the resized image that was kept.
-        broken: Images that could not be read so far; they are left out.
+        crop_pct: Share of the resized image that is kept.
+        broken: Images that could not be read so far and were left out.
 
     Raises:
         ValueError: While reading: an image that cannot be read, if ``data.broken`` is 'stop'.
@@ -364,31 +365,31 @@ class TimmImages:
         return Split(images, labels, self.class_names)
 
     def read(self, part: slice) -> tuple[Tensor, Tensor]:
-        assert self.split.indices is not None, 'select reads a stream'
+        assert self.split.indices is not None, 'a stream is read by select'
         return self._good([self.samples[0, int(i)] for i in self.split.indices[part]])
 
     def _good(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
         images, labels, errors = collate(samples)
         broken = [error for error in errors if error]
         if broken and self.split.config.broken == 'stop':
-            raise ValueError(f'{broken[0]}. data.broken=skip passes such images over.')
+            raise ValueError(f'{broken[0]}. Set data.broken=skip to skip such images.')
         self.broken += len(broken)
         return images[labels >= 0], labels[labels >= 0]
 
 
 class IndexedImages(Dataset[Any]):
-    """Images by (epoch, index), transformed with random numbers that depend on these and the seed alone.
+    """Images by (epoch, index), transformed with random numbers that depend only on these and the seed.
 
     Args:
-        dataset: timm's, giving PIL images.
+        dataset: A data set of timm's that yields PIL images.
         transform: PIL image to uint8 array (C, H, W).
-        seed: Of the transforms.
-        replace_broken: By the next image that can be read; else it comes black, with the label -1.
+        seed: Seed of the transforms.
+        replace_broken: Replace a broken image by the next one that can be read; otherwise it is black, with label -1.
     """
 
     def __init__(self, dataset: Any, transform: Callable[[Any], np.ndarray], seed: int, replace_broken: bool):
         self.dataset, self.transform, self.seed, self.replace_broken = dataset, transform, seed, replace_broken
-        dataset._max_retries = 1  # timm would put another image in its place, and not say so to the caller
+        dataset._max_retries = 1  # timm would replace a broken image without telling the caller
         self.mode = getattr(dataset, 'input_img_mode', None) or ''
         self.in_folder = isinstance(getattr(dataset, 'reader', None), ReaderImageFolder)
         dataset.input_img_mode = ''  # timm's conversion would clip 16-bit greyscale
@@ -409,7 +410,7 @@ class IndexedImages(Dataset[Any]):
                 image, label = Image.new('RGB', (8, 8)), -1
             with drawn_from(self.seed, epoch, index):
                 return self.transform(image), label, broken
-        raise ValueError(f'{broken}, nor can the {CONSECUTIVE_BROKEN - 1} after it.')
+        raise ValueError(f'{broken}, nor can the {CONSECUTIVE_BROKEN - 1} images after it.')
 
     def _read(self, index: int) -> tuple[Any, int]:
         if self.in_folder and not Path(self.dataset.filename(index, absolute=True)).is_file():
@@ -421,7 +422,7 @@ class IndexedImages(Dataset[Any]):
 
 
 class StreamedImages(IterableDataset[Any]):
-    """The images of a stream, transformed with random numbers that depend on seed, epoch, worker and count alone."""
+    """The images of a stream, transformed with random numbers that depend only on seed, epoch, worker and count."""
 
     def __init__(self, dataset: Any, transform: Callable[[Any], np.ndarray], key: tuple[int, int]):
         self.dataset, self.transform, self.key = dataset, transform, key
@@ -434,7 +435,7 @@ class StreamedImages(IterableDataset[Any]):
 
 
 def make_transform(model_cfg: dict[str, Any], augment: AugmentConfig | None) -> Callable[[Any], np.ndarray]:
-    """timm's transform from a PIL image to a uint8 array (C, H, W); with ``augment``, its random one for training."""
+    """timm's transform from a PIL image to a uint8 array (C, H, W); with ``augment``, the random one for training."""
     size = {name: model_cfg[name] for name in ('input_size', 'interpolation')}
     low, high = (augment or AugmentConfig()).scale
     if augment is None:
@@ -459,12 +460,12 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
 
 @contextmanager
 def drawn_from(*key: int) -> Iterator[None]:
-    """Python's, numpy's and torch's random numbers depend on the key inside, and go on outside as if nothing was."""
+    """Seed Python's, numpy's and torch's random numbers by a key, and restore their states afterwards."""
     seed = int(np.random.SeedSequence([part % 2**32 for part in key]).generate_state(1)[0])
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # the CPU's alone
+    torch.default_generator.manual_seed(seed)  # the CPU's only
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A Report and a training run become a model card: what the Hub shows of a model, and what its metadata says."""
+"""Model cards from a report and a training run: the text and the metadata that the Hub shows."""
 
 import hashlib
 import html
@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+import timm_batchout.zoo.register  # noqa: F401
 from timm_batchout.robustness.report import Report, Score
 from timm_batchout.robustness.tables import attack_title, compare, describe, title
 from timm_batchout.text import format_radius
@@ -19,29 +21,29 @@ from timm_batchout.text import format_radius
 __all__ = ['CARD_HASH', 'Entry', 'card_hash', 'make_card', 'summary', 'templates', 'with_own_section']
 
 DATASETS = {'MNIST': 'ylecun/mnist', 'CIFAR-10': 'uoft-cs/cifar10'}  # on the Hub, by the first word of our data label
-CARD_HASH = 'card_sha256'  # in config.json: what the card was when it was written
+CARD_HASH = 'card_sha256'  # in config.json: hash of the card as it was written
 OWN_SECTION = ('<!-- Your own text: it is kept. -->', '<!-- End of your own text. -->')
-LICENSES = {  # that the Hub's list knows; others are 'other' there, by name
+LICENSES = {  # in the Hub's list; any other is 'other' there, with a name
     'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'gpl-3.0', 'lgpl-3.0', 'agpl-3.0', 'mpl-2.0', 'unlicense',
     'openrail', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'unknown',
 }  # fmt: skip
-VERSIONS = ('python', 'timm-batchout', 'torch', 'timm')  # of the evaluation
+VERSIONS = ('python', 'timm-batchout', 'torch', 'timm')  # shown for the evaluation
 JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of the bundled CIFAR-10 weights
 
 
 @dataclass
 class Entry:
-    """All that is known of a model that is published.
+    """Everything known about a model to publish.
 
     Attributes:
-        name: Of its repository, without namespace.
+        name: Name of its repository, without the namespace.
         repo: 'namespace/name'.
-        config: Of config.json. Its architecture is the stock one for a BatchOut-trained timm backbone.
-        report: What attacks do to it.
-        run: The recipe and the metrics of its training; empty if they are not known.
-        sha256: Of the weights file.
-        twin: The report of the same net without defence, if there is one.
-        nets: Names of nets by the ``weights_sha256`` of their reports: some were attacked with images of others.
+        config: Content of config.json. A BatchOut-trained timm backbone has the stock architecture there.
+        report: Its robustness report.
+        run: Recipe and metrics of its training; empty if unknown.
+        sha256: Hash of the weights file.
+        twin: The report of the same net without defence; None if there is none.
+        nets: Names of nets by the ``weights_sha256`` of their reports, to name the nets that transferred images.
     """
 
     name: str
@@ -59,12 +61,12 @@ class Entry:
 
     @property
     def license(self) -> str:
-        """Of the weights that training started from, where timm knows it."""
+        """Licence of the weights."""
         return self.config.get('pretrained_cfg', {}).get('license') or 'unknown'
 
     @property
     def has_curves(self) -> bool:
-        """An attack was run at two radii (or iterations) or more: a curve can be drawn."""
+        """Whether an attack was run at two radii (or iterations) or more, so that a curve can be drawn."""
         drawn = [s.attack for s in self.report.scores if s.radius is not None or s.attack.startswith('deepfool')]
         return any(count > 1 for count in Counter(drawn).values())
 
@@ -74,13 +76,13 @@ class Entry:
 
     @property
     def batchout(self) -> bool:
-        """Trained with BatchOut."""
+        """Whether it was trained with BatchOut."""
         return str(self.config.get('trained_with', '')).startswith('batchout_')
 
     @property
     def needs_package(self) -> bool:
-        """The architecture is one of this package's own: plain timm does not know it."""
-        return self.architecture.removeprefix('batchout_') in ('mnist_cnn', 'cifar_vgg')
+        """Whether the architecture is one of this package's own, which plain timm does not know."""
+        return timm.model_entrypoint(self.architecture).__module__.startswith('timm_batchout.')
 
 
 def make_card(entry: Entry) -> ModelCard:
@@ -140,7 +142,7 @@ def make_card(entry: Entry) -> ModelCard:
 
 
 def templates() -> Environment:
-    """Jinja's, of the files in this folder; pages are escaped, Markdown is not."""
+    """The Jinja environment of the templates in this folder; pages are escaped, Markdown is not."""
     loader = FileSystemLoader(Path(__file__).parent)
     escaped = select_autoescape(['html.j2'])
     environment = Environment(
@@ -153,7 +155,7 @@ def templates() -> Environment:
 
 
 def license_fields(entry: Entry) -> dict[str, Any]:
-    """As the Hub wants them: a licence that its list does not know is 'other', with name and link."""
+    """The Hub's licence fields: one that is not in its list is 'other', with name and link."""
     if entry.license in LICENSES:
         return {'license': entry.license}
     origin = entry.config.get('pretrained_cfg', {}).get('origin_url') or f'https://huggingface.co/{entry.repo}'
@@ -161,41 +163,41 @@ def license_fields(entry: Entry) -> dict[str, Any]:
 
 
 def without_markup(text: str) -> str:
-    """Text from elsewhere as it may stand in Markdown: no HTML, no table cells, one line."""
+    """Foreign text made safe for Markdown: no HTML, no table cells, one line."""
     return html.escape(' '.join(text.split()), quote=False).replace('|', '&#124;').replace('`', "'")
 
 
 def card_hash(card: str) -> str:
-    """Of a card without the section that people write."""
+    """Hash of a card without its hand-written section."""
     before, _, after = _parts(card)
     return hashlib.sha256((before + after).encode()).hexdigest()
 
 
 def with_own_section(card: str, earlier: str, config: dict[str, Any], where: str) -> str:
-    """A new card with the text that people wrote into an earlier one.
+    """A new card with the hand-written section of an earlier one.
 
     Args:
-        card: Made from the report.
-        earlier: The card that it replaces; '' for a first card.
-        config: The config.json beside the earlier one.
-        where: For the error.
+        card: The card made from the report.
+        earlier: The card it replaces; '' for a first card.
+        config: The config.json beside the earlier card.
+        where: Place of the earlier card, for the error message.
 
     Raises:
-        ValueError: The earlier card was changed outside the section that is kept.
+        ValueError: The earlier card was edited outside its hand-written section.
     """
     if not earlier:
         return card
     if CARD_HASH in config and config[CARD_HASH] != card_hash(earlier):
         raise ValueError(
-            f'{where} was edited outside its own section, and would be overwritten. Move the text between the lines '
-            f'{OWN_SECTION[0]!r} and {OWN_SECTION[1]!r}, or delete that README.md.'
+            f'{where} was edited outside its hand-written section, and the edit would be lost. Move it between the '
+            f'lines {OWN_SECTION[0]!r} and {OWN_SECTION[1]!r}, or delete that README.md.'
         )
     before, empty, after = _parts(card)
     return before + (_parts(earlier)[1] or empty) + after
 
 
 def _parts(card: str) -> tuple[str, str, str]:
-    """What stands before the section that people write, the section, and what stands after it."""
+    """The text before the hand-written section, the section, and the text after it."""
     begin, end = OWN_SECTION
     if begin not in card or end not in card:
         return card, '', ''
@@ -205,7 +207,7 @@ def _parts(card: str) -> tuple[str, str, str]:
 
 
 def eval_results(report: Report) -> list[EvalResult]:
-    """For the Hub's model-index: clean, and the main variants of FGSM, PGD, AutoAttack and DeepFool."""
+    """Results for the Hub's model-index: clean, and the main variants of FGSM, PGD, AutoAttack and DeepFool."""
     dataset = DATASETS.get(report.data.partition(' ')[0], report.data)
     results = []
     for score in report.scores:
@@ -226,7 +228,7 @@ def eval_results(report: Report) -> list[EvalResult]:
             'norm': score.norm or None,
             'eps': None
             if score.radius is None
-            else format_radius(score.radius),  # of the settings' list, the one of this score
+            else format_radius(score.radius),  # this score's own, in place of the list in the settings
         }
         config = 'clean' if score.attack == 'clean' else f'{score.norm}-{describe(score.variant)}'.strip('-')
         label = f'{name} (masked: overstated)' if score.masked else name
@@ -292,7 +294,7 @@ def _method(entry: Entry) -> str:
 
 
 OBJECTIVES = {
-    'fgsm': 'FGSM adversarial training: the first half of each mini-batch was replaced by its FGSM images',
+    'fgsm': 'FGSM adversarial training: the first half of each mini-batch was replaced by FGSM images',
     'fgsm_rs': 'single-step adversarial training from a random start (FGSM-RS, Wong et al., 2020)',
     'n_fgsm': 'single-step adversarial training from noise (N-FGSM, de Jorge et al., 2022)',
     'pgd': 'PGD adversarial training (Madry et al., 2018), {steps} steps for each mini-batch',
@@ -307,25 +309,26 @@ def _adversarial_training(objective: dict[str, Any]) -> str:
 
 
 def _batchout(options: dict[str, Any]) -> str:
-    """The method in words, by the options that differ from the paper's."""
+    """The method in words, with options that differ from the paper's."""
     k, first = options.get('k', 0.5), options.get('select', 'first') == 'first'
     whose = f'{"the first half" if first and k == 0.5 else f"{k:.0%}"} of each mini-batch'
     if options.get('noise') == 'gaussian':
-        method = f'Gaussian feature noise (the control for BatchOut): while it trained, features of {whose} were noised'
+        method = (
+            f'Gaussian feature noise (the control for BatchOut): in training, noise was added to features of {whose}'
+        )
     else:
         method = (
-            f'BatchOut: while it trained, features of {whose} were pushed a little toward those of other images of '
-            'the batch'
+            f'BatchOut: in training, features of {whose} were pushed a little toward those of other images in the batch'
         )
-    return f'{method}. The weights are those of a plain net; at test time nothing is added'
+    return f'{method}. The weights are those of a plain net, and nothing is added at test time'
 
 
 def _crafted(entry: Entry) -> str:
-    """On which net the images of 'transfer' were made; '' if it was not run."""
+    """The nets on which the images of 'transfer' were crafted; '' if it was not run."""
     crafted = []
     for whose, report in (('this model', entry.report), ('the net without defence', entry.twin)):
         source = report.settings.get('transfer', {}).get('source_sha256') if report else None
         if source:
             net = f'`{entry.nets[source]}`' if source in entry.nets else f'weights with the hash {source[:12]}...'
             crafted.append(f'those against {whose} were crafted on {net}')
-    return f"'{attack_title('transfer')}' takes images of another net: {', '.join(crafted)}." if crafted else ''
+    return f"'{attack_title('transfer')}' uses images crafted on another net: {', '.join(crafted)}." if crafted else ''

@@ -1,4 +1,4 @@
-"""All published models at one glance: a leaderboard in Markdown, and a page for the eye, from the staged results."""
+"""The leaderboard of all published models, in Markdown and as an HTML page, from the staged results."""
 
 import json
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from timm_batchout.robustness.tables import attack_title, cell, describe, leader
 __all__ = ['write_gallery']
 
 Key = tuple[str, Variant]
-CONTROLS = ('noise', 'corruptions', 'transfer')  # no attacks on the model itself: they stand in the cards
+CONTROLS = ('noise', 'corruptions', 'transfer')  # not attacks on the model itself: shown in the cards only
 FIRST = ('clean', 'autoattack', 'autoattack_l2', 'pgd', 'pgd_l2', 'ddn')
 
 
 def write_gallery(cards: Path) -> None:
-    """Write README.md and index.html of the folder of all cards, from the results.json in it."""
+    """Write README.md and index.html in the folder of all cards, from the results.json of each."""
     entries = [json.loads(path.read_text()) for path in sorted(cards.glob('*/results.json'))]
     tables = []
     for data in sorted({entry['report']['data'] for entry in entries}):
@@ -42,7 +42,7 @@ def _columns(reports: list[Report]) -> list[Key]:
 
 
 def _head(reports: list[Report], key: Key) -> list[str]:
-    """The lines of a column's head: attack, variant, images."""
+    """The lines of a column's head: attack, variant, number of images."""
     counts = sorted({scores[key].n for scores in map(_scores, reports) if key in scores})
     return [attack_title(key[0]), *filter(None, [describe(key[1])]), f'n = {" or ".join(map(str, counts))}']
 
@@ -53,12 +53,12 @@ def _scores(report: Report) -> dict[Key, Score]:
 
 def _markdown(tables: Tables) -> str:
     lines = [
-        '# The zoo',
+        '# Leaderboard',
         '',
-        'Written by `timm-batchout publish --all` from the results.json of each model. Accuracy in percent; '
-        '"masked": the audit found that gradients mislead this attack, so that the number overstates robustness; '
-        'bold: the best of a column, and those not significantly different from it. Intervals and controls are in the '
-        'cards. As a page, with curves: index.html.',
+        'Written by `timm-batchout publish --all` from the results.json of each model. Accuracy in percent. '
+        '"masked": the audit found masked gradients, so this number overstates robustness. '
+        'Bold: the best of a column, and those not significantly different from it. Intervals and controls are in the '
+        'cards. index.html is the same as a page, with curves.',
         '',
     ]
     for data, models in tables:
@@ -77,7 +77,7 @@ def _markdown(tables: Tables) -> str:
 
 
 def _leading(models: Sequence[tuple[str, Report]], key: Key) -> set[str]:
-    """Repositories whose scores lead a column."""
+    """The repositories whose scores lead a column."""
     leads = leaders([_scores(report).get(key) for _, report in models])
     return {repo for (repo, _), lead in zip(models, leads, strict=True) if lead}
 
@@ -89,7 +89,7 @@ def _masking(report: Report) -> str:
 
 
 def _page(tables: Tables, cards: Path) -> str:
-    """One HTML page: tables that sort on a click, the strongest attacks first; the other columns fold out."""
+    """One HTML page: sortable tables, the strongest attacks first, the other columns hidden until requested."""
     shown = []
     for data, models in tables:
         reports = [report for _, report in models]
@@ -119,7 +119,7 @@ def _page(tables: Tables, cards: Path) -> str:
 
 
 def _first(key: Key) -> bool:
-    """Whether a column is there from the start."""
+    """Whether a column is visible from the start."""
     return key[0] in ('clean', 'autoattack', 'autoattack_l2')
 
 

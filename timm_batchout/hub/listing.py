@@ -1,4 +1,4 @@
-"""Which trained weights there are, and how robust they are. Imports neither torch nor timm."""
+"""The bundled weights and their robustness. Imports neither torch nor timm."""
 
 import re
 from typing import NamedTuple
@@ -10,16 +10,16 @@ __all__ = ['RobustModel', 'bundled_reports', 'list_robust']
 
 
 class RobustModel(NamedTuple):
-    """A bundled model under standard AutoAttack at one radius; the shares are of images, in [0, 1].
+    """A bundled model under standard AutoAttack at one radius.
 
     Attributes:
-        name: For ``timm.create_model(name, pretrained=True)``.
-        data: Its data set.
+        name: Name for ``timm.create_model(name, pretrained=True)``.
+        data: Name of its data set.
         norm: 'Linf' or 'L2'.
         epsilon: Radius in [0, 1] pixels.
-        accuracy: Right before and after AutoAttack.
-        n: Images that were attacked.
-        clean: Accuracy without attack.
+        accuracy: Robust accuracy under AutoAttack, in [0, 1].
+        n: Number of attacked images.
+        clean: Accuracy without attack, in [0, 1].
     """
 
     name: str
@@ -35,28 +35,28 @@ def bundled_reports(data: str = '') -> dict[str, Report]:
     """The report of every bundled model, by 'arch.tag'.
 
     Args:
-        data: Only those of this data set, e.g. 'cifar10'; '' for all.
+        data: Only models of this data set, e.g. 'cifar10'; '' for all.
 
     Raises:
-        ValueError: None is of this data set.
+        ValueError: No bundled model belongs to this data set.
     """
     reports = {name: Report.from_dict(card['report']) for name, card in bundled_cards().items()}
     chosen = {name: report for name, report in reports.items() if _key(report.data).startswith(_key(data))}
     if not chosen:
         there = ', '.join(sorted({report.data for report in reports.values()}))
-        raise ValueError(f'No bundled model is of the data set {data!r}; there are {there}.')
+        raise ValueError(f'No bundled model for the data set {data!r}. Available: {there}.')
     return chosen
 
 
 def list_robust(dataset: str = '', norm: str = '') -> list[RobustModel]:
-    """The bundled models that standard AutoAttack was run on, the most robust of each threat model first.
+    """The bundled models evaluated with standard AutoAttack, the most robust of each threat model first.
 
     Args:
         dataset: 'cifar10', 'mnist', ...; '' for all.
         norm: 'Linf' or 'L2'; '' for both.
 
     Raises:
-        ValueError: No bundled model is of this data set; another norm.
+        ValueError: No bundled model belongs to this data set; an unknown norm.
     """
     if norm not in ('', 'Linf', 'L2'):
         raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}.")

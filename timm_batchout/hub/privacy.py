@@ -1,4 +1,4 @@
-"""What a published run may say: fields that are known to be harmless, in a form that holds no place and no secret."""
+"""What is published of a run: known harmless fields, without local paths and secrets."""
 
 import re
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from timm_batchout.training.config import TrainConfig
 
 __all__ = ['publishable', 'redacted']
 
-NAME = re.compile(r'[\w.+\- ]{0,80}')  # no slash, colon, tilde, question mark: neither a path nor an address
+NAME = re.compile(r'[\w.+\- ]{0,80}')  # no slash, colon, tilde or question mark, so neither a path nor a URL
 DATASET = re.compile(r'(hfds|hfids|wds|torch|tfds)/\w[\w.\-]*(/\w[\w.\-]*)?')
 RESULT = ('model', 'data', 'class_names', 'seed', 'metrics', 'seconds', 'environment', 'sha256')
-FREE_TEXT = ('data', 'class_names', 'environment')  # shown on purpose; 'environment' is what ``provenance`` wrote
+FREE_TEXT = ('data', 'class_names', 'environment')  # published as they are; ``provenance`` wrote 'environment'
 PLACES = ('output', 'root')
 
 
 def publishable(run: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a run's result with known fields alone; of text only what is a name.
+    """A copy of a run's result with only the known fields, and only text that is a name.
 
     Args:
-        run: What ``result.json`` holds; empty if it is not known.
+        run: Content of ``result.json``; empty if unknown.
     """
     kept = {name: run[name] if name in FREE_TEXT else _safe(run[name]) for name in RESULT if name in run}
     return {**kept, 'recipe': _recipe(run['recipe'], TrainConfig)} if 'recipe' in run else kept
@@ -44,7 +44,7 @@ def _recipe(recipe: Mapping[str, Any], config_class: Any) -> dict[str, Any]:
 
 
 def _safe(value: Any) -> Any:
-    """Numbers, names, and what is made of them; text that may be a place becomes ''."""
+    """Numbers, names, and containers of them; text that may be a path becomes ''."""
     if isinstance(value, Mapping):
         return {key: _safe(inner) for key, inner in value.items() if isinstance(key, str) and NAME.fullmatch(key)}
     if isinstance(value, (list, tuple)):
@@ -53,5 +53,5 @@ def _safe(value: Any) -> Any:
 
 
 def redacted(text: str) -> str:
-    """An error text without the tokens that a server may have echoed."""
+    """An error message without tokens that a server may have echoed."""
     return re.sub(r'hf_\w{8,}|(?<=[Bb]earer )\S+', '[token]', text)

@@ -1,4 +1,4 @@
-"""A model's repository on the Hugging Face Hub: staged in a folder, shown, pushed in one commit."""
+"""A model's repository on the Hugging Face Hub: staged in a folder, then pushed in one commit."""
 
 import hashlib
 import json
@@ -28,20 +28,20 @@ from timm_batchout.zoo.pretrained import FOLDER, NAMESPACE, WEIGHTS, bundled_car
 
 __all__ = ['Staged', 'bundled', 'publish', 'push', 'stage']
 
-CARD_FILES = ('README.md', 'config.json', 'results.json', 'curves.svg')  # nothing else in the folder goes up
-TRIES = 3  # when others push to the same repository at the same time
+CARD_FILES = ('README.md', 'config.json', 'results.json', 'curves.svg')  # nothing else in the folder is uploaded
+TRIES = 3  # if others push to the same repository at the same time
 
 
 @dataclass(frozen=True)
 class Staged:
-    """What goes up: the files of a folder, and the weights from where they are."""
+    """The files to upload: those of a folder, and the weights file wherever it is."""
 
     repo: str
     folder: Path
     weights: Path
 
     def files(self) -> dict[str, Path]:
-        """Path in the repository -> file here."""
+        """Local files by their path in the repository."""
         cards = {name: self.folder / name for name in CARD_FILES if (self.folder / name).is_file()}
         return {**cards, WEIGHTS: self.weights}
 
@@ -50,11 +50,13 @@ def bundled(name: str) -> tuple[Path, dict[str, Any]]:
     """Weights and training run of a bundled model ('arch.tag').
 
     Raises:
-        ValueError: There is no such model.
+        ValueError: No bundled model has this name.
     """
     cards = bundled_cards()
     if name not in cards:
-        raise ValueError(f'There are no bundled weights {name!r}; there are {", ".join(cards)}. Others: --checkpoint.')
+        raise ValueError(
+            f'No bundled weights {name!r}. Available: {", ".join(cards)}. For other weights, use --checkpoint.'
+        )
     return FOLDER / f'{name}.safetensors', cards[name]['training']
 
 
@@ -70,29 +72,31 @@ def publish(
     private: bool = False,
     dry_run: bool = False,
 ) -> list[str]:
-    """Push a net and its robustness card to the Hugging Face Hub; what ``timm-batchout publish`` does with a file.
+    """Push a net and its robustness card to the Hugging Face Hub, as ``timm-batchout publish`` does with a file.
 
     Args:
         repo: 'namespace/name'.
-        model: A net of timm's or of this package's; BatchOut's hooks do not matter.
-        report: What ``evaluate`` found of these weights.
-        run: The run folder that trained it.
+        model: A net of timm's or of this package's, with or without BatchOut's hooks.
+        report: The report of ``evaluate`` on these weights.
+        run: The run folder that trained them.
         twin: The report of the same net without defence, for comparison.
-        cards: The card is staged in a folder of its own in this one.
-        license: Of the weights; '': that of the architecture's weights in timm.
+        cards: Folder of all cards; this card is staged in a folder of its own inside.
+        license: Licence of the weights; '': that of the architecture's weights in timm.
         private: Create the repository as a private one.
         dry_run: Stage the card and push nothing.
 
     Returns:
-        The files that went up; none if nothing has changed.
+        The uploaded files; empty if nothing has changed.
 
     Raises:
-        ValueError: A net that timm does not know by name, a report of other weights, a name that the Hub does not
-            allow, a licence that has to be stated; ``private``, and the repository is there and public.
+        ValueError: A net that timm does not know by name, a report on other weights, a name that the Hub does not
+            allow; ``private`` for a repository that exists and is public.
         ConnectionError: The Hub does not answer.
     """
     if not (getattr(model, 'pretrained_cfg', None) or {}).get('architecture'):
-        raise ValueError(f'{type(model).__name__} has no architecture that timm.create_model could make again.')
+        raise ValueError(
+            f'{type(model).__name__} has no architecture name, so timm.create_model could not create it again.'
+        )
     result = json.loads((Path(run) / 'result.json').read_text()) if run else {}
     with TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
@@ -113,26 +117,26 @@ def stage(
     nets: dict[str, str] | None = None,
     license: str = '',
 ) -> Staged:
-    """Write all of a repository but the weights to ``cards/NAME``; without places on this machine.
+    """Write a repository without its weights to ``cards/NAME``, without local paths.
 
     Args:
         model: timm's name. BatchOut twins of timm's nets are published under the stock architecture.
         weights: A safetensors file.
-        report: What attacks do to these weights.
-        run: The training run's result.json, or the JSON of bundled weights; empty if it is not known.
+        report: The report on these weights.
+        run: The training run's result.json, or the JSON of bundled weights; empty if unknown.
         cards: The folder of all cards.
-        repo: 'namespace/name'; by default the model's name in the default namespace.
+        repo: 'namespace/name'; default: the model's name in the default namespace.
         twin: The report of the same net without defence, for comparison.
-        model_args: Of the architecture, e.g. ``num_classes``.
-        nets: Names of nets by the ``weights_sha256`` of their reports, for those whose images attacked this one.
-        license: Of the weights; '': that of the architecture's weights in timm, 'unknown' where it states none.
+        model_args: Arguments of the architecture, e.g. ``num_classes``.
+        nets: Names of nets by the ``weights_sha256`` of their reports, to name the nets that transferred images.
+        license: Licence of the weights; '': that of the architecture's weights in timm, or 'unknown'.
 
     Raises:
-        ValueError: Weights that are not safetensors, a report of other weights, a name that the Hub does not allow; a
-            card that was edited outside its own section.
+        ValueError: Weights that are not safetensors, a report on other weights, a name that the Hub does not allow; a
+            card that was edited outside its hand-written section.
     """
     if weights.suffix != '.safetensors':
-        raise ValueError(f'Only safetensors are published, got {str(weights)!r}: pickles can run code.')
+        raise ValueError(f'Only safetensors are published, because pickles can run code; got {str(weights)!r}.')
     repo = repo or f'{NAMESPACE}/{model}'
     _check_repo(repo)
     net = _plain(model, weights, model_args or {})
@@ -152,16 +156,16 @@ def stage_net(
     trained_with: str = '',
     license: str = '',
 ) -> Staged:
-    """As ``stage``, of a net that is there already and whose state_dict is in the file ``weights``."""
+    """``stage`` for an existing net whose state_dict is in the file ``weights``."""
     _check_repo(repo)
     if weights_sha256(net) != report.weights_sha256:
-        raise ValueError(f'The report is not of these weights ({str(weights)!r}): evaluate them first.')
+        raise ValueError(f'The report is on other weights than {str(weights)!r}. Evaluate these first.')
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = cards / repo.split('/')[1]
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f'{str(folder)!r} is a file where the card of {repo} would be staged: choose another name.')
+        raise ValueError(f'{str(folder)!r} is a file in the place of the card of {repo}. Choose another name.')
     run = publishable(run)
-    report = replace(report, model=folder.name)  # evaluate names it by the path of its checkpoint
+    report = replace(report, model=folder.name)  # it may be named after a local path
     twin = replace(twin, model='without defence') if twin else None
     trained_with = trained_with or run.get('recipe', {}).get('model', net.pretrained_cfg['architecture'])
     config = _config(net, report.preprocessing, run.get('class_names') or [], license)
@@ -192,7 +196,7 @@ def _check_repo(repo: str) -> None:
 
 
 def _plain(model: str, weights: Path, model_args: dict[str, Any]) -> Any:
-    """The net as it is published: BatchOut twins of timm's architectures as timm's own."""
+    """The net to publish: twins of timm's architectures become timm's own."""
     net: Any = timm.create_model(model, checkpoint_path=str(weights), **model_args)
     architecture = net.pretrained_cfg['architecture']
     twin, _, tag = model.partition('.')
@@ -200,13 +204,13 @@ def _plain(model: str, weights: Path, model_args: dict[str, Any]) -> Any:
         return net
     hooked = {field.name for field in fields(BatchOutConfig)}
     own = {name: value for name, value in model_args.items() if name not in hooked}
-    name = f'{architecture}.{tag}' if tag else architecture  # the licence and the preprocessing are the tag's
+    name = f'{architecture}.{tag}' if tag else architecture  # licence and preprocessing depend on the tag
     return timm.create_model(name, checkpoint_path=str(weights), **own)
 
 
 def _config(net: Any, preprocessing: dict[str, Any], class_names: list[str], license: str) -> dict[str, Any]:
-    """config.json, as timm writes it, with the preprocessing that was evaluated and the classes that were trained."""
-    mean, std = ([round(value, 6) for value in preprocessing[name]] for name in ('mean', 'std'))  # were float32
+    """config.json as timm writes it, with the evaluated preprocessing and the classes of the training data."""
+    mean, std = ([round(value, 6) for value in preprocessing[name]] for name in ('mean', 'std'))  # from float32
     data = {
         'input_size': tuple(preprocessing['input_size']),
         'mean': tuple(mean),
@@ -220,7 +224,7 @@ def _config(net: Any, preprocessing: dict[str, Any], class_names: list[str], lic
         save_config_for_hf(net, str(path), model_config={'label_names': names}, data_config=data)
         config = json.loads(path.read_text())
     cfg = config['pretrained_cfg']
-    for name in ('label_names', 'label_descriptions'):  # of the data that the architecture's weights were trained on
+    for name in ('label_names', 'label_descriptions'):  # those of the architecture's original weights
         cfg.pop(name, None)
     cfg['license'] = license or cfg.get('license') or 'unknown'
     return config
@@ -231,7 +235,7 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; empty if there is no file, or it holds something else."""
+    """The object in a JSON file; empty if the file is missing or contains something else."""
     try:
         content = json.loads(_text(path))
     except ValueError:
@@ -240,30 +244,30 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def push(staged: Staged, private: bool = False) -> list[str]:
-    """Upload what the Hub does not have yet, in one commit; a repository is created where there is none.
+    """Upload the files that differ from the Hub's in one commit, creating the repository if needed.
 
-    The token comes from ``hf auth login`` or HF_TOKEN, and is seen by huggingface_hub alone.
+    The token comes from ``hf auth login`` or HF_TOKEN and is read only by huggingface_hub.
 
     Args:
-        staged: What ``stage`` wrote.
+        staged: The result of ``stage``.
         private: Create the repository as a private one.
 
     Returns:
-        The files that went up; none if nothing has changed.
+        The uploaded files; empty if nothing has changed.
 
     Raises:
-        ValueError: ``private``, and the repository is there and public.
+        ValueError: ``private`` for a repository that exists and is public.
         ConnectionError: The Hub does not answer.
-        huggingface_hub.errors.HfHubHTTPError: No token, no right to write, or others kept pushing.
+        huggingface_hub.errors.HfHubHTTPError: No token, no write access, or others kept pushing.
     """
     try:
         return _push(HfApi(), staged, private)
-    except HTTPError as error:  # of the HTTP library; the Hub's refusals are among them
+    except HTTPError as error:  # the HTTP library's, which include the Hub's refusals
         if isinstance(error, HfHubHTTPError):
             error.args = tuple(redacted(str(argument)) for argument in error.args)
             raise
         reason = redacted(str(error))
-        raise ConnectionError(f'The Hub does not answer, {staged.repo} was not pushed: {reason}') from None
+        raise ConnectionError(f'The Hub does not answer, so {staged.repo} was not pushed: {reason}') from None
 
 
 def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
@@ -272,8 +276,8 @@ def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
         info = api.model_info(staged.repo, files_metadata=True)
         if private and not info.private:
             raise ValueError(
-                f'{staged.repo} is there already, and public: nothing was pushed. --private is for new repositories; '
-                'make this one private in its settings on the Hub, or leave --private out.'
+                f'{staged.repo} already exists and is public, so nothing was pushed. --private is for new '
+                'repositories. Make this one private in its settings on the Hub, or leave out --private.'
             )
         _keep_own_section(api, staged, info)
         changed = _changed(staged, info.siblings or [])
@@ -295,10 +299,10 @@ def _push(api: HfApi, staged: Staged, private: bool) -> list[str]:
 
 
 def _keep_own_section(api: HfApi, staged: Staged, info: Any) -> None:
-    """Take over what people wrote into the card on the Hub.
+    """Copy the hand-written section of the card on the Hub.
 
     Raises:
-        ValueError: They wrote outside the section that is theirs.
+        ValueError: That card was edited outside its hand-written section.
     """
     with TemporaryDirectory() as folder:
         for name in {'README.md', 'config.json'} & {file.rfilename for file in info.siblings or []}:
@@ -309,7 +313,7 @@ def _keep_own_section(api: HfApi, staged: Staged, info: Any) -> None:
 
 
 def _changed(staged: Staged, remote: Sequence[Any]) -> dict[str, Path]:
-    """The files that differ from those on the Hub: large ones are known there by sha256, others by git's hash."""
+    """The files that differ from those on the Hub, which knows large ones by sha256 and others by git's hash."""
     known = {file.rfilename: file for file in remote}
     changed = {}
     for name, path in staged.files().items():

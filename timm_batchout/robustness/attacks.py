@@ -1,227 +1,436 @@
-"""The attacks by name. Each takes a chunk of images and says, image by image, what is still classified right.
+"""The attacks by name: one class each, whose fields are its settings.
 
-foolbox and pyautoattack do the attacking; DeepFool is our own (to the sample foolbox's, in one pass over iterations).
-An image counts as robust if it is classified right before the attack and after it.
+An attack takes a chunk of images and says, image by image, what is still classified correctly. foolbox and pyautoattack
+do the attacking; DeepFool is our own (equal to foolbox's to the sample, with every iteration from one pass).
+An image counts as robust if it is classified correctly both before and after the attack.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from timm_batchout.pixels import PixelModel, frozen, gradient_sign, seeded
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.report import Variant
+from timm_batchout.text import did_you_mean
 
-__all__ = ['ATTACKS', 'Attack', 'Outcome', 'check_available']
+__all__ = [
+    'ATTACKS',
+    'DDN',
+    'FGSM',
+    'PGD',
+    'PGDL2',
+    'Attack',
+    'AutoAttack',
+    'AutoAttackL2',
+    'Batch',
+    'Corruptions',
+    'DeepFool',
+    'DeepFoolUnclipped',
+    'GaussianNoise',
+    'Outcome',
+    'Transfer',
+    'as_attacks',
+]
+
+STAGES = ('apgd-ce', 'apgd-t', 'fab-t', 'square')  # of AutoAttack's standard version
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images under attack.
+
+    Args:
+        model: The model under attack.
+        images: (B, C, H, W), float32, in [0, 1].
+        labels: (B,), int64.
+        radii: In [0, 1] pixels.
+        seed: Seed of everything the attack draws.
+        source: The model that 'transfer' crafts images on.
+    """
+
+    model: PixelModel
+    images: Tensor
+    labels: Tensor
+    radii: Sequence[float] = ()
+    seed: int = 0
+    source: PixelModel | None = None
+
+    @cached_property
+    def classified(self) -> Tensor:
+        """(B,) bool: classified correctly before the attack."""
+        return self.correct(self.images)
+
+    def withstood(self, attacked: Tensor) -> Tensor:
+        """(B,) bool: classified correctly before the attack, and as these images after it."""
+        return self.classified & self.correct(attacked)
+
+    def part(self, chosen: Tensor) -> 'Batch':
+        """The images that a (B,) bool mask selects."""
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
+
+    @torch.no_grad()
+    def correct(self, images: Tensor) -> Tensor:
+        """(B,) bool: classified correctly as these images."""
+        return self.model(images).argmax(1) == self.labels
 
 
 @dataclass
 class Outcome:
-    """What an attack did to a chunk of B images, for each of its variants (a radius, an iteration, a stage).
+    """The effect of an attack on a chunk of B images, for each of its variants (a radius, an iteration, a stage).
 
     Attributes:
-        right: (B,) bool per variant: classified right before and after.
-        distance: (B,) float32 per variant: norm of the perturbation in [0, 1] pixels; 0 where wrong before, infinite
-            where nothing was found. Attacks that minimise it only.
+        right: (B,) bool per variant: classified correctly before and after.
+        distance: (B,) float32 per variant, for attacks that minimise it: norm of the perturbation in [0, 1] pixels;
+            0 where the image was misclassified before, infinite where no adversarial image was found.
     """
 
     right: dict[Variant, Tensor] = field(default_factory=dict)
     distance: dict[Variant, Tensor] = field(default_factory=dict)
 
 
-Radii = Sequence[float]
-Run = Callable[..., Outcome]
+@dataclass(frozen=True, kw_only=True)
+class Attack(ABC):
+    """An attack and its settings, which every report states.
 
-
-@dataclass(frozen=True)
-class Attack:
-    """One attack, as the command line and the reports name it.
+    Args:
+        n: Attack only the first n of the drawn images; 0: all of them.
+        eps: Radii of this attack, as ``evaluate`` takes them; empty: those of ``evaluate``.
 
     Attributes:
-        norm: 'Linf', 'L2', or '' for what is no attack by a radius.
-        run: ``run(model, images, labels, radii, seed, **settings)``.
-        settings: Its defaults; a report holds them.
-        extra: The package that it needs.
-        loss: The one whose gradient it follows, 'cross-entropy' or 'margin': where that is masked, it says nothing.
-            'several' where it has other means as well; '' where it follows none of the model.
+        name: On the command line and in reports.
+        norm: Of the radius, 'Linf' or 'L2'; '' for the controls, which are no attacks within a radius.
+        package: The package it needs; '' for none.
+        loss: The loss whose gradient it follows, 'cross-entropy' or 'margin'; 'several' if it has other means as well,
+            '' if it uses no gradient of the model. Where the audit finds that gradient masked, the attack is misled.
+
+    Raises:
+        ValueError: A setting of the wrong type or out of range.
     """
 
-    norm: str
-    run: Run
-    settings: dict[str, Any] = field(default_factory=dict)
-    extra: str = ''
-    loss: str = 'cross-entropy'
+    n: int = 0
+    eps: Sequence[str | float] = ()
+
+    name: ClassVar[str]
+    norm: ClassVar[str] = 'Linf'
+    package: ClassVar[str] = ''
+    loss: ClassVar[str] = 'cross-entropy'
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.eps, (list, tuple)):
+            object.__setattr__(self, 'eps', (self.eps,))
+        for setting in fields(self):
+            if setting.name != 'eps':
+                self._check(setting.name, getattr(self, setting.name), setting.default)
+
+    def _check(self, setting: str, value: Any, default: Any) -> None:
+        """A value has the type of the default; a list is a choice from it."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, bool):
+            fits, wanted = isinstance(value, bool), 'true or false'
+        elif isinstance(default, int):
+            least = min(default, 1)  # n=0 means all
+            fits, wanted = number and isinstance(value, int) and value >= least, f'a whole number, {least} or more'
+        elif isinstance(default, float):
+            fits, wanted = number and 0 <= value < math.inf, 'a number, 0 or more'
+        else:
+            fits, wanted = isinstance(value, (list, tuple)) and len(value) > 0, f'some of {list(default)}'
+            fits = fits and all(choice in default for choice in value)
+        if not fits:
+            raise ValueError(f'{setting} of {self.name} must be {wanted}, got {value!r}.')
+
+    def settings(self) -> dict[str, Any]:
+        """For reports: its own settings, then ``n`` and ``eps`` if they are set."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        shared = {name: values.pop(name) for name in ('n', 'eps')}
+        return values | {name: value for name, value in shared.items() if value}
+
+    @abstractmethod
+    def run(self, batch: Batch) -> Outcome:
+        """Attack a batch at each of its radii."""
 
 
-def check_available(names: Sequence[str]) -> None:
-    """Raise ValueError for an attack that there is not, or whose package is not installed."""
+def as_attacks(
+    attacks: Sequence[str | Attack], settings: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Attack]:
+    """The attacks by name.
+
+    Args:
+        attacks: Names, or attacks with their settings.
+        settings: By name, in place of an attack's defaults.
+
+    Raises:
+        ValueError: An unknown attack or setting, a setting of the wrong type, settings for an attack that is not
+            listed or listed twice, a package that is not installed.
+    """
+    settings = settings or {}
+    names = [attack if isinstance(attack, str) else attack.name for attack in attacks]
     for name in names:
         if name not in ATTACKS:
-            raise ValueError(f'There is no attack {name!r}; there are {", ".join(ATTACKS)}.')
-        if ATTACKS[name].extra:
+            raise ValueError(f'Unknown attack {name!r}. Available: {", ".join(ATTACKS)}.{did_you_mean(name, ATTACKS)}')
+    unused = sorted(set(settings) - set(names))
+    if unused:
+        raise ValueError(f'Settings for {", ".join(unused)}, which is not among the attacks: {", ".join(names)}.')
+    chosen: dict[str, Attack] = {}
+    for name, given in zip(names, attacks, strict=True):
+        attack = _configured(name, settings.get(name) or {}) if isinstance(given, str) else given
+        if chosen.get(name, attack) != attack or (attack is given and name in settings):
+            raise ValueError(f'{name} is configured twice: give its settings in one place.')
+        chosen[name] = attack
+    for attack in chosen.values():
+        if attack.package:
             try:
-                __import__(ATTACKS[name].extra)
+                __import__(attack.package)
             except ImportError as error:
                 raise ValueError(
-                    f'Attack {name!r} needs {ATTACKS[name].extra}. In a checkout: pip install -e ".[attacks]"'
+                    f'Attack {attack.name!r} needs {attack.package}. In a checkout: pip install -e ".[attacks]"'
                 ) from error
+    return chosen
 
 
-@torch.no_grad()
-def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    return model(images).argmax(1) == labels
+def _configured(name: str, settings: Mapping[str, Any]) -> Attack:
+    kind = ATTACKS[name]
+    known = [setting.name for setting in fields(kind)]
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(f'{name} has no setting {setting!r}. Available: {", ".join(known)}.')
+    return kind(**settings)
 
 
-def _fgsm(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
-    before = _right(model, images, labels)
-    sign = gradient_sign(model, images, labels)  # one gradient serves all radii
-    attacked = {Variant(radius): (images + radius * sign).clamp(0, 1) for radius in radii}
-    return Outcome({variant: before & _right(model, x, labels) for variant, x in attacked.items()})
+@dataclass(frozen=True, kw_only=True)
+class FGSM(Attack):
+    """One step along the sign of the gradient (Goodfellow et al., 2015)."""
+
+    name = 'fgsm'
+
+    def run(self, batch: Batch) -> Outcome:
+        sign = gradient_sign(batch.model, batch.images, batch.labels)  # one gradient serves all radii
+        attacked = {Variant(radius): (batch.images + radius * sign).clamp(0, 1) for radius in batch.radii}
+        return Outcome({variant: batch.withstood(x) for variant, x in attacked.items()})
 
 
-def _foolbox(name: str) -> Run:
-    def run(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, **settings: Any) -> Outcome:
+@dataclass(frozen=True, kw_only=True)
+class PGD(Attack):
+    """foolbox's projected gradient descent on the cross-entropy (Madry et al., 2018).
+
+    Args:
+        steps: Gradient steps.
+        rel_stepsize: Step size as a share of the radius.
+        random_start: Start from a random point within the radius.
+    """
+
+    steps: int = 20
+    rel_stepsize: float = 0.125
+    random_start: bool = True
+
+    name = 'pgd'
+    package = 'foolbox'
+
+    def run(self, batch: Batch) -> Outcome:
         import foolbox
 
-        attack = getattr(foolbox.attacks, name)(**settings)
-        target = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
-        before = _right(model, images, labels)
+        kind = foolbox.attacks.L2PGD if self.norm == 'L2' else foolbox.attacks.LinfPGD
+        attack = kind(steps=self.steps, rel_stepsize=self.rel_stepsize, random_start=self.random_start)
+        crafted_on = self._crafted_on(batch)
+        target = foolbox.PyTorchModel(crafted_on, bounds=(0, 1), device=batch.images.device)
         outcome = Outcome()
-        for radius in radii:
-            with seeded(seed):
-                _, attacked, _ = attack(target, images, labels, epsilons=radius)
-            outcome.right[Variant(radius)] = before & _right(model, attacked, labels)
+        for radius in batch.radii:
+            with seeded(batch.seed), frozen(crafted_on):
+                _, attacked, _ = attack(target, batch.images, batch.labels, epsilons=radius)
+            outcome.right[Variant(radius)] = batch.withstood(attacked)
         return outcome
 
-    return run
+    def _crafted_on(self, batch: Batch) -> PixelModel:
+        return batch.model
 
 
-def _transfer(
-    model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, source: nn.Module, **settings: Any
-) -> Outcome:
-    """PGD images of another model (``PixelModel``), scored on this one."""
-    import foolbox
+@dataclass(frozen=True, kw_only=True)
+class PGDL2(PGD):
+    """:class:`PGD` in L2."""
 
-    target = foolbox.PyTorchModel(source, bounds=(0, 1), device=images.device)
-    before = _right(model, images, labels)
-    outcome = Outcome()
-    for radius in radii:
-        with seeded(seed), frozen(source):
-            _, attacked, _ = foolbox.attacks.LinfPGD(**settings)(target, images, labels, epsilons=radius)
-        outcome.right[Variant(radius)] = before & _right(model, attacked, labels)
-    return outcome
+    name = 'pgd_l2'
+    norm = 'L2'
 
 
-def _deepfool(clip: bool) -> Run:
-    def run(
-        model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, iterations: int, overshoot: float
-    ) -> Outcome:
-        before = _right(model, images, labels)
-        found = deepfool(model, images, labels, iterations, overshoot, clip=clip)
+@dataclass(frozen=True, kw_only=True)
+class Transfer(PGD):
+    """:class:`PGD` images crafted on another model and scored on this one."""
+
+    name = 'transfer'
+    loss = ''
+
+    def _crafted_on(self, batch: Batch) -> PixelModel:
+        if batch.source is None:
+            raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
+        return batch.source
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFool(Attack):
+    """Steps to the nearest linearised decision boundary (Moosavi-Dezfooli et al., 2016), scored at each iteration.
+
+    Args:
+        iterations: How many.
+        overshoot: Go this share further than the boundary.
+    """
+
+    iterations: int = 5
+    overshoot: float = 0.02
+
+    name = 'deepfool'
+    norm = 'L2'
+    loss = 'margin'
+    clip: ClassVar[bool] = True
+
+    def run(self, batch: Batch) -> Outcome:
+        before = batch.classified
+        found = deepfool(batch.model, batch.images, batch.labels, self.iterations, self.overshoot, clip=self.clip)
         outcome = Outcome()
         for i, (right, distance) in enumerate(zip(found.right, found.distance, strict=True), 1):
             outcome.right[Variant(iteration=i)] = before & right
             outcome.distance[Variant(iteration=i)] = torch.where(right, torch.inf, distance).where(before, 0.0)
         return outcome
 
-    return run
+
+@dataclass(frozen=True, kw_only=True)
+class DeepFoolUnclipped(DeepFool):
+    """:class:`DeepFool` whose iterates may leave [0, 1], as in the method's original code."""
+
+    name = 'deepfool_unclipped'
+    clip = False
 
 
-def _ddn(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, steps: int) -> Outcome:
-    import foolbox
+@dataclass(frozen=True, kw_only=True)
+class DDN(Attack):
+    """foolbox's decoupled direction and norm attack, which minimises the L2 distance (Rony et al., 2019).
 
-    target = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device)
-    before = _right(model, images, labels)
-    with seeded(seed):
-        _, attacked, _ = foolbox.attacks.DDNAttack(steps=steps)(target, images, labels, epsilons=None)
-    fooled = ~_right(model, attacked, labels)
-    norm = (attacked - images).flatten(1).norm(dim=1)
-    distance = torch.where(fooled, norm, torch.inf).where(before, 0.0)
-    outcome = Outcome({Variant(radius): before & (distance > radius) for radius in radii})
-    outcome.right[Variant()] = before & ~fooled
-    outcome.distance[Variant()] = distance
-    return outcome
+    Args:
+        steps: Gradient steps.
+    """
+
+    steps: int = 100
+
+    name = 'ddn'
+    norm = 'L2'
+    package = 'foolbox'
+
+    def run(self, batch: Batch) -> Outcome:
+        import foolbox
+
+        target = foolbox.PyTorchModel(batch.model, bounds=(0, 1), device=batch.images.device)
+        attack = foolbox.attacks.DDNAttack(steps=self.steps)
+        with seeded(batch.seed):
+            _, attacked, _ = attack(target, batch.images, batch.labels, epsilons=None)
+        withstood = batch.withstood(attacked)
+        norm = (attacked - batch.images).flatten(1).norm(dim=1)
+        distance = torch.where(withstood, torch.inf, norm).where(batch.classified, 0.0)
+        outcome = Outcome({Variant(radius): batch.classified & (distance > radius) for radius in batch.radii})
+        outcome.right[Variant()] = withstood
+        outcome.distance[Variant()] = distance
+        return outcome
 
 
-def _autoattack(norm: str) -> Run:
-    """Stage by stage: each takes what the ones before it left. With the four stages it is the standard version."""
+@dataclass(frozen=True, kw_only=True)
+class AutoAttack(Attack):
+    """pyautoattack's AutoAttack (Croce and Hein, 2020), stage by stage, each on the images the earlier ones left.
 
-    def run(
-        model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int, stages: Sequence[str]
-    ) -> Outcome:
-        from pyautoattack import AutoAttack
+    Args:
+        stages: Which stages; all four are the standard version.
+    """
 
-        before = _right(model, images, labels)
+    stages: Sequence[str] = STAGES
+
+    name = 'autoattack'
+    package = 'pyautoattack'
+    loss = 'several'
+
+    def run(self, batch: Batch) -> Outcome:
         with torch.no_grad():
-            classes = model(images[:1]).shape[1]
+            classes = batch.model(batch.images[:1]).shape[1]
         outcome = Outcome()
-        for radius in radii:
-            right = before.clone()
-            for stage in stages:
+        for radius in batch.radii:
+            right = batch.classified.clone()
+            for stage in self.stages:
                 if stage == 'apgd-t' and classes < 4:
                     continue  # its loss compares the third and fourth largest logit
-                left = right.nonzero()[:, 0]
-                if len(left):
-                    with seeded(seed):
-                        attack = AutoAttack(model, eps=radius, norm=norm, seed=seed, device=images.device)
-                        attack.attacks_to_run = [stage]
-                        attack.fab.n_target_classes = min(9, classes - 1)
-                        attack.apgd_targeted.n_target_classes = min(9, classes - 1)
-                        attacked, _ = attack.run_standard_evaluation(images[left], labels[left], batch_size=len(left))
-                    right[left] = _right(model, attacked, labels[left])
+                if right.any():
+                    right[right.clone()] = self._stage(stage, classes, batch.part(right), radius)
                 outcome.right[Variant(radius, stage=stage)] = right.clone()
             outcome.right[Variant(radius)] = right
         return outcome
 
-    return run
+    def _stage(self, stage: str, classes: int, batch: Batch, radius: float) -> Tensor:
+        import pyautoattack
+
+        with seeded(batch.seed):
+            attack = pyautoattack.AutoAttack(
+                batch.model, eps=radius, norm=self.norm, seed=batch.seed, device=batch.images.device
+            )
+            attack.attacks_to_run = [stage]
+            attack.fab.n_target_classes = min(9, classes - 1)
+            attack.apgd_targeted.n_target_classes = min(9, classes - 1)
+            attacked, _ = attack.run_standard_evaluation(batch.images, batch.labels, batch_size=len(batch.images))
+        return batch.correct(attacked)
 
 
-def _noise(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
-    """Gaussian noise with the radius as its standard deviation: no attack, a control."""
-    before = _right(model, images, labels)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
-    return Outcome(
-        {Variant(radius): before & _right(model, (images + radius * noise).clamp(0, 1), labels) for radius in radii}
+@dataclass(frozen=True, kw_only=True)
+class AutoAttackL2(AutoAttack):
+    """:class:`AutoAttack` in L2."""
+
+    name = 'autoattack_l2'
+    norm = 'L2'
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianNoise(Attack):
+    """Gaussian noise with the radius as its standard deviation: a control, not an attack."""
+
+    name = 'noise'
+    norm = ''
+    loss = ''
+
+    def run(self, batch: Batch) -> Outcome:
+        generator = torch.Generator().manual_seed(batch.seed)
+        noise = torch.randn(batch.images.shape, generator=generator).to(batch.images.device)
+        noisy = {Variant(radius): (batch.images + radius * noise).clamp(0, 1) for radius in batch.radii}
+        return Outcome({variant: batch.withstood(x) for variant, x in noisy.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corruptions(Attack):
+    """What a camera or a network does to images, by torchvision, at one medium strength: a control, not an attack."""
+
+    name = 'corruptions'
+    norm = ''
+    loss = ''
+
+    def run(self, batch: Batch) -> Outcome:
+        from torchvision.transforms.v2 import functional as tv
+
+        images = batch.images
+        changed = {
+            'blur': tv.gaussian_blur(images, [3, 3], [1.0, 1.0]),
+            'brighter': tv.adjust_brightness(images, 1.4),
+            'darker': tv.adjust_brightness(images, 0.6),
+            'less contrast': tv.adjust_contrast(images, 0.5) if images.shape[1] in (1, 3) else images,
+            'rotated by 10 degrees': tv.rotate(images, 10, interpolation=tv.InterpolationMode.BILINEAR),
+        }
+        if images.shape[1] == 3:
+            eight_bits = (images * 255).round().to(torch.uint8).cpu()
+            changed['JPEG quality 25'] = torch.stack([tv.jpeg(image, 25) for image in eight_bits]).to(images) / 255
+        return Outcome({Variant(corruption=name): batch.withstood(x.clamp(0, 1)) for name, x in changed.items()})
+
+
+ATTACKS: dict[str, type[Attack]] = {
+    kind.name: kind
+    for kind in (
+        FGSM, PGD, PGDL2, DeepFool, DeepFoolUnclipped, DDN, AutoAttack, AutoAttackL2, Transfer, GaussianNoise,
+        Corruptions,
     )
-
-
-def _corruptions(model: PixelModel, images: Tensor, labels: Tensor, radii: Radii, seed: int) -> Outcome:
-    """What a camera or a network does to images, by torchvision, at one middling strength: no attack, a control."""
-    from torchvision.transforms.v2 import functional as tv
-
-    changed = {
-        'blur': tv.gaussian_blur(images, [3, 3], [1.0, 1.0]),
-        'brighter': tv.adjust_brightness(images, 1.4),
-        'darker': tv.adjust_brightness(images, 0.6),
-        'less contrast': tv.adjust_contrast(images, 0.5) if images.shape[1] in (1, 3) else images,
-        'rotated by 10 degrees': tv.rotate(images, 10, interpolation=tv.InterpolationMode.BILINEAR),
-    }
-    if images.shape[1] == 3:
-        eight_bits = (images * 255).round().to(torch.uint8).cpu()
-        changed['JPEG quality 25'] = torch.stack([tv.jpeg(image, 25) for image in eight_bits]).to(images) / 255
-    before = _right(model, images, labels)
-    return Outcome(
-        {Variant(corruption=name): before & _right(model, x.clamp(0, 1), labels) for name, x in changed.items()}
-    )
-
-
-PGD = {'steps': 20, 'rel_stepsize': 0.125, 'random_start': True}
-DEEPFOOL = {'iterations': 5, 'overshoot': 0.02}
-STANDARD = {'stages': ['apgd-ce', 'apgd-t', 'fab-t', 'square']}  # AutoAttack's
-ATTACKS: dict[str, Attack] = {
-    'fgsm': Attack('Linf', _fgsm),
-    'pgd': Attack('Linf', _foolbox('LinfPGD'), PGD, 'foolbox'),
-    'pgd_l2': Attack('L2', _foolbox('L2PGD'), PGD, 'foolbox'),
-    'deepfool': Attack('L2', _deepfool(clip=True), DEEPFOOL, loss='margin'),
-    'deepfool_unclipped': Attack('L2', _deepfool(clip=False), DEEPFOOL, loss='margin'),
-    'ddn': Attack('L2', _ddn, {'steps': 100}, 'foolbox'),
-    'autoattack': Attack('Linf', _autoattack('Linf'), STANDARD, 'pyautoattack', loss='several'),
-    'autoattack_l2': Attack('L2', _autoattack('L2'), STANDARD, 'pyautoattack', loss='several'),
-    'transfer': Attack('Linf', _transfer, PGD, 'foolbox', loss=''),
-    'noise': Attack('', _noise, loss=''),
-    'corruptions': Attack('', _corruptions, loss=''),
-}
+}  # fmt: skip

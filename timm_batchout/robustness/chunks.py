@@ -1,4 +1,4 @@
-"""Finished parts of an evaluation on disk, so that a broken-off one goes on, and processes share their work."""
+"""Finished parts of an evaluation on disk, so that it can be interrupted, and processes can share the work."""
 
 import hashlib
 import json
@@ -15,14 +15,14 @@ Chunk = list[dict[str, Any]]  # JSON: a record for each variant of an attack
 
 
 class Chunks:
-    """Chunks of one evaluation, in a folder of their own; each is sealed by a hash.
+    """The chunks of one evaluation in a folder of their own, each sealed with a hash.
 
     Args:
-        folder: Where to keep them; None: nowhere.
-        resume: Take what an interrupted evaluation left there; False: remove it when this one begins.
+        folder: Where to keep them; None: in memory only.
+        resume: Reuse the chunks of an interrupted evaluation; False: remove them at the start.
 
     Attributes:
-        store: The folder of the evaluation that was opened.
+        store: The folder of the opened evaluation.
     """
 
     def __init__(self, folder: Path | None = None, resume: bool = True):
@@ -31,24 +31,24 @@ class Chunks:
         self.store: Path | None = None
 
     def open(self, key: list[Any]) -> None:
-        """Go on with the evaluation that this key stands for: all that decides what its chunks hold."""
+        """Open the evaluation with this key, which contains everything that decides the content of its chunks."""
         if self.folder:
             self.store = self.folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
     def saved(self, name: str, images: str, measure: Callable[[], Chunk]) -> Chunk:
-        """The chunk of this name, if it is there, whole, and of these images (their hash); else it is measured."""
+        """The chunk of this name if it exists, is intact and belongs to these images (their hash); else measure it."""
         path = self.store / f'{name}.json' if self.store else None
         found = _read(path, images) if path else None
         if found is not None:
             return found
-        chunk = json.loads(json.dumps(measure()))  # as it would be read
+        chunk = json.loads(json.dumps(measure()))  # exactly as it will be read
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({'sha256': _seal(images, chunk), 'records': chunk}))
         return chunk
 
     def discard(self) -> None:
-        """Remove the chunks of the opened evaluation, and nothing else; the folders, too, if they are empty then."""
+        """Remove the chunks of the opened evaluation, and the folders if they are then empty."""
         if not self.store or not self.folder or not self.store.is_dir() or self.folder.is_symlink():
             return
         for path in self.store.iterdir():

@@ -1,4 +1,4 @@
-"""DeepFool (Moosavi-Dezfooli et al., 2016), L2, after each of its iterations, in one pass."""
+"""DeepFool (Moosavi-Dezfooli et al., 2016) in L2, with the result after every iteration from one pass."""
 
 from typing import NamedTuple
 
@@ -12,9 +12,9 @@ class DeepFool(NamedTuple):
     """One row per iteration, from 1 on.
 
     Attributes:
-        right: (iterations, B) bool: still classified as labelled, after the final iterate of so many iterations.
-        distance: (iterations, B) float32: L2 norm of the perturbation so far, in [0, 1] pixels.
-        adversarial: (B, C, H, W): the final iterate of the last one.
+        right: (iterations, B) bool: still classified correctly after this many iterations.
+        distance: (iterations, B) float32: L2 norm of the perturbation, in [0, 1] pixels.
+        adversarial: (B, C, H, W): the images after the last iteration.
     """
 
     right: Tensor
@@ -31,20 +31,20 @@ def deepfool(
     candidates: int = 10,
     clip: bool = True,
 ) -> DeepFool:
-    """What foolbox's ``L2DeepFoolAttack(steps=i, overshoot, candidates)`` gives for every i up to ``iterations``.
+    """The results of foolbox's ``L2DeepFoolAttack(steps=i, overshoot, candidates)`` for every i up to ``iterations``.
 
-    It takes one forward and one backward per candidate class at each iteration, instead of as many of both, and images
-    that are fooled leave the batch.
+    Each iteration takes one forward, and one backward per candidate class, instead of one of both per candidate class.
+    Images that are fooled leave the batch.
 
     Args:
-        model: [0, 1] images to logits (B, classes).
+        model: Maps images in [0, 1] to logits (B, classes).
         images: (B, C, H, W), float32, in [0, 1].
-        labels: (B,), int64. Images that are classified otherwise from the start stay as they are.
-        iterations: How many.
-        overshoot: The perturbation is taken so much further than the linearised boundary.
-        candidates: How many of the most likely classes are considered.
-        clip: To [0, 1] at each iteration. False: as in the method's original code; the result is then no image, and
-            where most pixels are at 0 or 1 (MNIST) far fewer iterations are needed.
+        labels: (B,), int64. Images that are misclassified from the start are left unchanged.
+        iterations: Number of iterations.
+        overshoot: Go this share further than the linearised boundary.
+        candidates: Number of most likely classes to consider.
+        clip: Clip to [0, 1] at each iteration. False: as in the method's original code; the result may then leave
+            [0, 1], and if most pixels are at 0 or 1 (MNIST), far fewer iterations are needed.
     """
     with torch.no_grad():
         logits = model(images)
@@ -79,7 +79,7 @@ def deepfool(
 
 
 def _step(margins: Tensor, grads: Tensor) -> Tensor:
-    """To the nearest of the linearised boundaries: margins (B, K), grads (B, K, C, H, W) to (B, C, H, W)."""
+    """The step to the nearest linearised boundary: margins (B, K), grads (B, K, C, H, W) to (B, C, H, W)."""
     norms = grads.flatten(2).norm(dim=2)
     distances = margins.abs() / (norms + 1e-8)
     best = distances.argmin(1)

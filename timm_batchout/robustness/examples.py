@@ -1,4 +1,4 @@
-"""Adversarial images to look at: each with its perturbation, and what the model sees in it."""
+"""Pictures of adversarial images, with their perturbations and the model's predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,27 +16,27 @@ from timm_batchout.text import format_radius
 __all__ = ['draw_examples']
 
 STEPS = 40
-LOOKED_AT = 100  # images, for some that are classified right
+LOOKED_AT = 100  # images, to find some that are classified correctly
 
 
 def draw_examples(
     model: nn.Module, images: Images, radius: float, path: str | Path, count: int = 8, seed: int = 0
 ) -> None:
-    """A column for each image: as it is, the perturbation, and with it; above each, the class and its probability.
+    """Draw a column for each image: the image, the perturbation, and the adversarial image, with the predictions.
 
-    The images are the first ones, in the order of ``evaluate``, that are classified right, whether the attack (PGD with
-    40 steps on the cross-entropy) fools the model or not. A frame is red where it does.
+    The images are the first ones, in the order of ``evaluate``, that are classified correctly, whether or not the
+    attack (PGD with 40 steps on the cross-entropy) fools the model. If it does, the frame is red.
 
     Args:
-        model: Any classifier of normalised images, as ``evaluate`` takes it.
-        images: Where to draw from.
-        radius: L-infinity, in [0, 1] pixels.
-        path: Where to write; the ending says what (.png, .svg, .pdf).
-        count: How many columns.
-        seed: Of the draw.
+        model: Any classifier of normalised images, as for ``evaluate``.
+        images: The images to draw from.
+        radius: L-infinity radius in [0, 1] pixels.
+        path: The file; its suffix decides the format (.png, .svg, .pdf).
+        count: Number of columns.
+        seed: Seed of the draw.
 
     Raises:
-        ValueError: None of the first 100 images is classified right.
+        ValueError: None of the first 100 images is classified correctly.
     """
     with modes_kept(model):
         net = in_pixels(model)
@@ -45,7 +45,7 @@ def draw_examples(
         with torch.no_grad():
             chosen = (net(pixels).argmax(1) == labels).nonzero()[:count, 0]
         if not len(chosen):
-            raise ValueError(f'None of {len(pixels)} images is classified right: there is nothing to attack.')
+            raise ValueError(f'None of {len(pixels)} images is classified correctly, so there is nothing to attack.')
         pixels, labels = pixels[chosen], labels[chosen]
         with frozen(net):
             attacked = _pgd(net, pixels, labels, radius)

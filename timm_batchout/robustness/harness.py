@@ -1,11 +1,10 @@
-"""A model under attack: chunk by chunk, each saved as soon as it is done, to one Report."""
+"""Evaluate a model under attack, chunk by chunk, each saved as soon as it is done, into one Report."""
 
 import hashlib
-import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,21 +14,20 @@ from torch.utils.data import Dataset
 from timm_batchout.data.images import DatasetImages, Images, Split
 from timm_batchout.pixels import PixelModel, frozen, modes_kept, seeded, stated_cfg, states_normalization
 from timm_batchout.provenance import environment
-from timm_batchout.robustness.attacks import ATTACKS, Outcome, check_available
+from timm_batchout.robustness.attacks import ATTACKS, Attack, Batch, Outcome, as_attacks
 from timm_batchout.robustness.chunks import Chunk, Chunks
 from timm_batchout.robustness.masking import judge, measure, misled
 from timm_batchout.robustness.report import Audit, Report, Score, Variant
 from timm_batchout.text import parse_radius
 
-__all__ = ['drawn', 'evaluate', 'filled_in', 'in_pixels', 'read_pixels', 'weights_sha256']
+__all__ = ['drawn', 'evaluate', 'in_pixels', 'read_pixels', 'weights_sha256']
 
-AUDIT_IMAGES = 200  # the audit looks at those of them that are classified right
-AUDIT = ('audit', 0)  # its job
-OF_EVERY_ATTACK = ('n', 'eps')  # settings
-REMEDY = 'look for broken weights, or for a precision that is too low for them.'
+AUDIT_IMAGES = 200  # the audit examines those that are classified correctly
+AUDIT = ('audit', 0)  # the audit's job
+REMEDY = 'check the weights, and whether the precision is too low for them.'
 
 Job = tuple[str, int]  # an attack, and the first image of a chunk
-Plan = tuple[int, list[float]]  # how many images an attack is run on, and its radii
+Plan = tuple[int, list[float]]  # the number of images an attack is run on, and its radii
 
 
 @torch.enable_grad()  # attacks need gradients, also where the caller is inside no_grad
@@ -37,11 +35,11 @@ def evaluate(
     model: nn.Module,
     images: Tensor | Images | Dataset[Any],
     labels: Tensor | None = None,
-    attacks: Sequence[str] = ('fgsm',),
+    attacks: Sequence[str | Attack] = ('fgsm',),
     eps: Sequence[str | float] = ('8/255',),
     eps_l2: Sequence[str | float] = ('0.5',),
     *,
-    settings: dict[str, dict[str, Any]] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
     transfer_from: nn.Module | None = None,
     n: int = 0,
     audit: bool = True,
@@ -55,44 +53,45 @@ def evaluate(
     wait: Callable[[], None] = lambda: None,
     progress: bool = False,
 ) -> Report:
-    """Accuracy of a model, clean and under each attack; robust means right before and right after.
+    """Accuracy of a model, clean and under each attack; robust means correct both before and after.
+
+    ``evaluate(model, dataset, attacks=['fgsm', tb.attacks.PGD(steps=100)], eps=['4/255', '8/255'])``
 
     Images are attacked in chunks, each with a seed of its own: an interrupted run continues where it stopped, several
     processes share the work, and the numbers stay the same.
 
     Args:
-        model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Left in the mode
-            that it came in.
-        images: (N, C, H, W), uint8, or floating in [0, 1]. Or a set that has the labels, too, and is read chunk by
-            chunk: ``Images``, or a map-style data set of (image, class number).
+        model: Any classifier of normalised images; mean and std are taken from its ``pretrained_cfg``. Its mode (train
+            or eval) is restored.
+        images: (N, C, H, W), uint8, or floating in [0, 1]. Or a data set that includes the labels and is read chunk
+            by chunk: ``Images``, or a map-style data set of (image, class number).
         labels: (N,), class numbers.
-        attacks: Names of ``ATTACKS``.
+        attacks: Names (see ``tb.attacks.ATTACKS``), or attacks with settings: ``tb.attacks.PGD(steps=100)``.
         eps: L-infinity radii, and standard deviations of 'noise', in [0, 1] pixels: numbers, or text such as '8/255'.
         eps_l2: L2 radii in [0, 1] pixels.
-        settings: Per attack, in place of its defaults, e.g. ``{'pgd': {'steps': 100}}``; for every attack also ``n``,
-            to attack so many of the drawn images only, and ``eps``, for radii of its own.
-        transfer_from: The model that 'transfer', and the audit, craft images on.
-        n: How many images, drawn at random: data sets sorted by class are common; 0: all.
-        audit: Check for gradient masking, and mark what it spoils.
+        settings: Settings of attacks given by name, e.g. ``{'pgd': {'steps': 100, 'n': 500}}``.
+        transfer_from: The model on which 'transfer', and the audit, craft images.
+        n: Evaluate on this many images, drawn at random because data sets are often sorted by class; 0: on all.
+        audit: Check for gradient masking, and mark the scores it spoils.
         batch_size: Images per chunk.
-        seed: Of the draw and of the attacks.
-        name, data: For the report; without a name, timm's of the architecture, or the class.
+        seed: Seed of the draw and of the attacks.
+        name, data: Names of the model and the data in the report. Default for the model: its timm architecture, else
+            its class.
         chunks: Where finished chunks are kept, for an interrupted evaluation to resume from; None: in memory only.
         rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
-        wait: Returns when all processes have come to it.
-        progress: Show a bar.
+        wait: Returns when all processes have called it.
+        progress: Show a progress bar.
 
     Returns:
         The report; on all processes the same.
 
     Raises:
-        ValueError: An unknown attack or setting, or a setting of the wrong type; a package that is missing; a radius
-            outside [0, 1] (L2: below 0); n outside the images; images outside [0, 1], labels outside the classes; fewer
-            than two classes, logits that are no numbers, an output that is no tensor. Before the first attack.
+        ValueError: An unknown attack or setting, or a setting of the wrong type; a missing package; a radius outside
+            [0, 1] (L2: below 0); n larger than the data set; images outside [0, 1], labels outside the classes; fewer
+            than two classes, logits that are not finite, an output that is not a tensor. All before the first attack.
     """
-    check_available(attacks)
-    options = filled_in(attacks, settings or {})
-    if 'transfer' in options and transfer_from is None:
+    chosen = as_attacks(attacks, settings)
+    if 'transfer' in chosen and transfer_from is None:
         raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
     radii = {'L2': _radii(eps_l2, 'L2'), 'Linf': _radii(eps, 'Linf')}
     if batch_size < 1:
@@ -104,53 +103,39 @@ def evaluate(
     started = time.perf_counter()
     with modes_kept(model, *([] if transfer_from is None else [transfer_from])):
         pixel_model, source = in_pixels(model), None if transfer_from is None else in_pixels(transfer_from)
-        chosen = everything.select(drawn(len(everything), n, seed))
-        classes, shape = check_input(pixel_model, chosen)
-        plans: dict[str, Plan] = {'clean': (len(chosen), [])}
-        plans |= {attack: _plan(attack, options[attack], radii, len(chosen)) for attack in attacks}
+        subset = everything.select(drawn(len(everything), n, seed))
+        classes, shape = check_input(pixel_model, subset)
+        plans: dict[str, Plan] = {'clean': (len(subset), [])}
+        plans |= {name: _plan(attack, radii, len(subset)) for name, attack in chosen.items()}
         sha256 = weights_sha256(model)
         crafted_on = None if transfer_from is None else weights_sha256(transfer_from)
-        stated = {name: dict(options[name]) for name in attacks}
-        if 'transfer' in options:
+        stated = {name: attack.settings() for name, attack in chosen.items()}
+        if 'transfer' in stated:
             stated['transfer']['source_sha256'] = crafted_on
-            options['transfer']['source'] = source
         preprocessing = {
             'mean': pixel_model.mean.flatten().tolist(),
             'std': pixel_model.std.flatten().tolist(),
             'input_size': list(shape),
-            'crop_pct': getattr(chosen, 'crop_pct', 1.0),
+            'crop_pct': getattr(subset, 'crop_pct', 1.0),
             'stated': states_normalization(model),
         }
-        machine = environment(pixel_model.mean.device, sorted({ATTACKS[name].extra for name in attacks} - {''}))
+        machine = environment(pixel_model.mean.device, sorted({attack.package for attack in chosen.values()} - {''}))
         versions = {name: value for name, value in machine.items() if name not in ('hardware', 'cpu_threads')}
         chunks.open([sha256, crafted_on, preprocessing, stated, plans, batch_size, seed, versions])
         if rank == 0 and not chunks.resume:
             chunks.discard()
         wait()
-        jobs = [AUDIT] if audit else []
-        jobs += [(attack, start) for attack, (size, _) in plans.items() for start in range(0, size, batch_size)]
-
-        def chunk(attack: str, start: int) -> Chunk:
-            audited = (attack, start) == AUDIT
-            size, eps_of = (min(AUDIT_IMAGES, len(chosen)), []) if audited else plans[attack]
-            end = size if audited else min(start + batch_size, size)
-            x, y = read_pixels(chosen, slice(start, end), classes, pixel_model.mean.device)
-
-            def measured() -> Chunk:
-                if audited:
-                    return [asdict(measure(pixel_model, x, y, seed, source))]
-                return _chunk(pixel_model, x, y, attack, eps_of, seed + start, options.get(attack, {}))
-
-            return chunks.saved(f'{attack}_{start:07d}', _hash_tensors(x, y), measured)
-
+        work = _Work(pixel_model, source, subset, classes, chosen, plans, batch_size, seed, chunks)
+        jobs = work.jobs(audit)
         with frozen(pixel_model):
-            done = {job: chunk(*job) for job in _bar(jobs[rank::world_size], progress and rank == 0)}
+            done = {job: work.chunk(*job) for job in _bar(jobs[rank::world_size], progress and rank == 0)}
             wait()
-            done |= {job: chunk(*job) for job in jobs if job not in done}  # those of the other processes
-    scores = [score for attack in plans for score in _scores(attack, [done[job] for job in jobs if job[0] == attack])]
+            done |= {job: work.chunk(*job) for job in jobs if job not in done}  # those of the other processes
+    by_attack = {name: [done[job] for job in jobs if job[0] == name] for name in plans}
+    scores = [score for name, parts in by_attack.items() for score in _scores(name, parts)]
     found = None
     if audit:
-        right = {score.key: _column([done[job] for job in jobs if job[0] == score.attack], score) for score in scores}
+        right = {score.key: _column(by_attack[score.attack], score) for score in scores}
         found = judge(Audit(**done[AUDIT][0]), scores, right)
         for score in scores:
             score.masked = score.attack != 'clean' and misled(ATTACKS[score.attack].loss, found)
@@ -171,6 +156,41 @@ def evaluate(
     )
 
 
+@dataclass
+class _Work:
+    """An evaluation cut into jobs: one for the audit, and one for each attack and chunk of images."""
+
+    model: PixelModel
+    source: PixelModel | None
+    images: Images
+    classes: int
+    attacks: Mapping[str, Attack]
+    plans: Mapping[str, Plan]
+    batch_size: int
+    seed: int
+    chunks: Chunks
+
+    def jobs(self, audit: bool) -> list[Job]:
+        starts = [(name, i) for name, (size, _) in self.plans.items() for i in range(0, size, self.batch_size)]
+        return [AUDIT, *starts] if audit else starts
+
+    def chunk(self, name: str, start: int) -> Chunk:
+        """The result of a job, read from ``chunks`` if it was done before."""
+        audited = (name, start) == AUDIT
+        size, radii = (min(AUDIT_IMAGES, len(self.images)), []) if audited else self.plans[name]
+        end = size if audited else min(start + self.batch_size, size)
+        x, y = read_pixels(self.images, slice(start, end), self.classes, self.model.mean.device)
+
+        def measured() -> Chunk:
+            if audited:
+                return [asdict(measure(self.model, x, y, self.seed, self.source))]
+            batch = Batch(self.model, x, y, radii, self.seed + start, self.source)
+            with seeded(batch.seed):  # the model may draw, too
+                return _records(_clean(batch) if name == 'clean' else self.attacks[name].run(batch))
+
+        return self.chunks.saved(f'{name}_{start:07d}', _hash_tensors(x, y), measured)
+
+
 def in_pixels(model: nn.Module) -> PixelModel:
     either_format = states_normalization(model)  # a timm net
     device = next(model.parameters(), torch.empty(0)).device
@@ -180,29 +200,29 @@ def in_pixels(model: nn.Module) -> PixelModel:
 def _as_images(images: Any, labels: Tensor | None) -> Images:
     if isinstance(images, Tensor) and labels is not None:
         if len(images) != len(labels):
-            raise ValueError(f'There are {len(images)} images, {len(labels)} labels: give every image its label.')
+            raise ValueError(f'Got {len(images)} images but {len(labels)} labels.')
         if len(labels):
             _check_labels(labels)
         return Split(images.detach(), labels.long())
     if isinstance(images, Tensor) or labels is not None:
-        raise ValueError('Give images and labels as two tensors, or a data set of (image, label) instead of both.')
+        raise ValueError('Give images and labels as two tensors, or one data set of (image, label) pairs.')
     return images if hasattr(images, 'read') else DatasetImages(images)
 
 
 def drawn(total: int, n: int, seed: int) -> Tensor:
-    """n images in random order, so that any first part of them is a fair sample."""
+    """The numbers of n images in random order, so that any first part of them is a fair sample."""
     if not total:
-        raise ValueError('There are no images to evaluate on.')
+        raise ValueError('The data set has no images.')
     if not 0 <= n <= total:
-        raise ValueError(f'n must lie in [1, {total}], the images, or be 0 for all; got {n}.')
+        raise ValueError(f'n must lie in [1, {total}], the number of images, or be 0 for all; got {n}.')
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: n or None]
 
 
 def read_pixels(images: Images, part: slice, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A chunk in [0, 1] pixels, float32, and its labels, checked.
+    """A checked chunk: images in [0, 1], float32, and labels.
 
     Raises:
-        ValueError: Images that are no images, labels that are no classes of the model, no image that can be read.
+        ValueError: Images outside [0, 1] or of another dtype, labels outside the classes, no readable image.
     """
     x, y = images.read(part)
     if not len(x):
@@ -210,17 +230,19 @@ def read_pixels(images: Images, part: slice, classes: int, device: torch.device)
     _check_batch(x, y, classes)
     pixels = x.contiguous().float()
     if x.dtype == torch.uint8:
-        pixels = pixels / 255  # before the GPU has them, which divides to other bits
+        pixels = pixels / 255  # on the CPU, because a GPU's division rounds differently
     return pixels.to(device), y.to(device).long()
 
 
 def _check_batch(x: Tensor, y: Tensor, classes: int) -> None:
-    """Raise ValueError unless these are images and class numbers; the latter below ``classes``, if that is known."""
+    """Raise ValueError unless these are images and class numbers, below ``classes`` if that is not 0."""
     _check_labels(y)
     if x.dtype != torch.uint8 and not x.is_floating_point():
-        raise ValueError(f'Images must be uint8, or floating in [0, 1], got {x.dtype}: images.to(torch.uint8)?')
+        raise ValueError(
+            f'Images must be uint8, or floating in [0, 1], got {x.dtype}. Convert 8-bit values: images.to(torch.uint8).'
+        )
     if x.is_floating_point() and not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f'Images must lie in [0, 1], got [{x.min():.3g}, {x.max():.3g}]. Unnormalise them.')
+        raise ValueError(f'Images must lie in [0, 1], got [{x.min():.3g}, {x.max():.3g}]. Undo their normalisation.')
     if classes and (y.min() < 0 or y.max() >= classes):
         raise ValueError(
             f'Labels must lie in [0, {classes}), the classes of the model; got [{int(y.min())}, {int(y.max())}].'
@@ -233,19 +255,24 @@ def _check_labels(labels: Tensor) -> None:
 
 
 def check_input(model: PixelModel, images: Images) -> tuple[int, torch.Size]:
-    """Raise ValueError on what no attack could make sense of; returns the model's classes and the images' shape.
+    """Check model and images before any attack; returns the number of classes and the shape of an image.
 
-    Images in memory are looked at as a whole, others at their beginning and then as they are read.
+    Images in memory are all checked, others only at the beginning and then as they are read.
+
+    Raises:
+        ValueError: Images, labels, dtypes or logits that no attack can work with.
     """
     x, y = images.read(slice(0, len(images) if isinstance(images, Split) else 2))
     _check_batch(x, y, 0)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if dtypes:
-        raise ValueError(f'The weights are {dtypes.pop()}; attacks are reported in float32: evaluate model.float().')
+        raise ValueError(
+            f'The weights are {dtypes.pop()}, but attacks are reported in float32. Evaluate model.float().'
+        )
     if model.mean.numel() not in (1, x.shape[1]):
         raise ValueError(
-            f'The images have {x.shape[1]} channels, the model takes {model.mean.numel()} by its mean: set mean '
-            'and std of its pretrained_cfg, one value per channel.'
+            f'The images have {x.shape[1]} channels, but the mean of the model has {model.mean.numel()} values. Set '
+            'mean and std of its pretrained_cfg, one value per channel.'
         )
     with torch.no_grad(), seeded(0):
         try:
@@ -261,78 +288,21 @@ def check_input(model: PixelModel, images: Images) -> tuple[int, torch.Size]:
     return logits.shape[1], x.shape[1:]
 
 
-def filled_in(attacks: Sequence[str], settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings of each attack, with its defaults.
-
-    Raises:
-        ValueError: A setting of an attack that is not run, that there is not, or of another type than its default.
-    """
-    unused = sorted(set(settings) - set(attacks))
-    if unused:
-        raise ValueError(f'There are settings for {", ".join(unused)}, which is not among the attacks.')
-    options = {}
-    for name in attacks:
-        defaults, given = ATTACKS[name].settings, dict(settings.get(name) or {})
-        for setting, value in given.items():
-            if setting == 'eps':
-                given['eps'] = _listed(value)
-            elif setting in defaults or setting == 'n':
-                _check_setting(f'{setting} of {name}', value, defaults.get(setting, 0))
-            else:
-                raise ValueError(f'{name} has no setting {setting!r}; it has {[*defaults, *OF_EVERY_ATTACK]}.')
-        options[name] = {**defaults, **given}
-    return options
-
-
-def _check_setting(name: str, value: Any, default: Any) -> None:
-    """Values are of the type of the default; lists are choices from it."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(default, bool):
-        fits, wanted = isinstance(value, bool), 'true or false'
-    elif isinstance(default, int):  # a default of 0: the range is checked where it is known
-        fits, wanted = number and isinstance(value, int) and (value > 0 or not default), 'a whole number, 1 or more'
-    elif isinstance(default, float):
-        fits, wanted = number and 0 <= value < math.inf, 'a number, 0 or more'
-    else:
-        fits, wanted = isinstance(value, (list, tuple)) and len(value) > 0, f'some of {default}'
-        fits = fits and all(choice in default for choice in value)
-    if not fits:
-        raise ValueError(f'{name} must be {wanted}, got {value!r}.')
-
-
-def _plan(attack: str, options: dict[str, Any], radii: dict[str, list[float]], images: int) -> Plan:
-    n = options.get('n', images)
-    if not 0 < n <= images:
-        raise ValueError(f'n of {attack} must lie in [1, {images}], the images, got {n}.')
-    norm = 'L2' if ATTACKS[attack].norm == 'L2' else 'Linf'  # standard deviations of 'noise' are bounded as Linf radii
-    return n, _radii(options['eps'], norm) if 'eps' in options else radii[norm]
-
-
-def _listed(eps: Any) -> list[Any]:
-    return list(eps) if isinstance(eps, (list, tuple)) else [eps]
+def _plan(attack: Attack, radii: Mapping[str, list[float]], images: int) -> Plan:
+    n = attack.n or images
+    if n > images:
+        raise ValueError(f'n of {attack.name} must lie in [1, {images}], the images, got {n}.')
+    norm = 'L2' if attack.norm == 'L2' else 'Linf'  # standard deviations of 'noise' are bounded like Linf radii
+    return n, _radii(attack.eps, norm) if attack.eps else radii[norm]
 
 
 def _radii(eps: Any, norm: str) -> list[float]:
-    return list(dict.fromkeys(parse_radius(epsilon, norm) for epsilon in _listed(eps)))
+    listed = eps if isinstance(eps, (list, tuple)) else [eps]
+    return list(dict.fromkeys(parse_radius(epsilon, norm) for epsilon in listed))
 
 
-def _chunk(
-    model: PixelModel,
-    images: Tensor,
-    labels: Tensor,
-    attack: str,
-    radii: Sequence[float],
-    seed: int,
-    options: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """The outcome on some images, as JSON: a record for each variant of the attack."""
-    with seeded(seed):  # the model may draw, too
-        if attack == 'clean':
-            outcome = _clean(model, images, labels)
-        else:
-            own = {name: value for name, value in options.items() if name not in OF_EVERY_ATTACK}
-            outcome = ATTACKS[attack].run(model, images, labels, radii, seed, **own)
-    # JSON knows no infinity: None where nothing was found.
+def _records(outcome: Outcome) -> Chunk:
+    """The outcome as JSON: a record for each variant. JSON has no infinity: None where nothing was found."""
     records = []
     for variant, right in outcome.right.items():
         record: dict[str, Any] = {**variant._asdict(), 'right': right.int().tolist()}
@@ -343,12 +313,14 @@ def _chunk(
 
 
 @torch.no_grad()
-def _clean(model: PixelModel, images: Tensor, labels: Tensor) -> Outcome:
-    logits = model(images)
+def _clean(batch: Batch) -> Outcome:
+    logits = batch.model(batch.images)
     broken = ~torch.isfinite(logits).all(1)
     if broken.any():
-        raise ValueError(f'The logits of {int(broken.sum())} of {len(images)} images are NaN or infinite: {REMEDY}')
-    return Outcome({Variant(): logits.argmax(1) == labels})
+        raise ValueError(
+            f'The logits of {int(broken.sum())} of {len(batch.images)} images are NaN or infinite: {REMEDY}'
+        )
+    return Outcome({Variant(): logits.argmax(1) == batch.labels})
 
 
 def _scores(attack: str, chunks: list[Chunk]) -> list[Score]:
@@ -369,7 +341,7 @@ def _scores(attack: str, chunks: list[Chunk]) -> list[Score]:
 
 
 def _column(chunks: list[Chunk], score: Score) -> list[int]:
-    """1 for every image that is right."""
+    """1 for every image that withstands this variant of the attack, 0 for the others."""
     same = (record for chunk in chunks for record in chunk)
     return [
         value
@@ -380,7 +352,7 @@ def _column(chunks: list[Chunk], score: Score) -> list[int]:
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Of the state_dict: names, dtypes, shapes and bytes."""
+    """Hash of the state_dict: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f'{name} {tensor.dtype} {list(tensor.shape)}'.encode())
@@ -396,7 +368,7 @@ def _hash_tensors(*tensors: Tensor) -> str:
 
 
 def _bar(jobs: Sequence[Job], show: bool) -> Any:
-    """With the time that is left; a line a minute where there is no terminal."""
+    """A progress bar with the remaining time; without a terminal, a line a minute."""
     if not show:
         return jobs
     from tqdm import tqdm

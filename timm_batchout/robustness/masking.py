@@ -1,4 +1,4 @@
-"""Do the gradients tell the truth? Checks for gradient masking (Athalye et al., 2018; Carlini et al., 2019)."""
+"""The audit for gradient masking (Athalye et al., 2018; Carlini et al., 2019): can the gradients be trusted?"""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,12 +14,12 @@ from timm_batchout.text import format_radius
 
 __all__ = ['judge', 'measure', 'misled']
 
-RIGHT_IMAGES = 100  # the most that are examined
-ENOUGH = 50  # with fewer, chance looks like a sign: honest nets were accused at 10 and 20 images, none at 50 or more
-# From where any net is fooled to where hardly any image is left; in [0, 1] pixels.
+RIGHT_IMAGES = 100  # the most images that are examined
+ENOUGH = 50  # with fewer, chance looks like masking: honest nets were accused at 10 and 20 images, none from 50 on
+# In [0, 1] pixels: from where nets are first fooled to where hardly an image is left.
 RADII = (1 / 1020, 1 / 510, 1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255, 0.1, 0.2, 0.3, 0.5)
-STEPS = 20  # of PGD
-QUERIES = 500  # of the gradient-free attack
+STEPS = 20  # gradient steps of PGD
+QUERIES = 500  # queries of the gradient-free attack
 UNBOUNDED = 0.05  # share of the images that an attack without bounds may leave right
 REPEATABLE = 0.99
 # The limits below lie between the planted and the honest nets of recipes/audit/planted.py.
@@ -42,20 +42,20 @@ STRONGER = (  # the first of two should leave no more right than the second
 
 
 def measure(model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0, source: nn.Module | None = None) -> Audit:
-    """What the gradients of a model look like around images that it classifies right, and what does not fit.
+    """Measure the gradients of a model around images that it classifies correctly, and list signs of masking.
 
-    Nothing of it depends on the attacks that a report asks for; which radii to look at is found by bisection.
+    The measurements do not depend on the attacks of a report; the radius to examine is found by bisection.
 
     Args:
-        model: ``PixelModel``: [0, 1] images to logits.
-        images: (B, C, H, W), floating, in [0, 1]. Up to a hundred that are classified right are used.
+        model: ``PixelModel``: maps images in [0, 1] to logits.
+        images: (B, C, H, W), floating, in [0, 1]. Up to a hundred that are classified correctly are used.
         labels: (B,), int64.
-        seed: Of the random starts and queries, and of what the model draws.
-        source: ``PixelModel`` whose PGD images are tried as well.
+        seed: Seed of random starts and queries, and of anything the model draws.
+        source: A ``PixelModel`` whose PGD images are also tried.
 
     Returns:
-        Measurements and suspicions, without a verdict; only the number of images where nothing can be told: with fewer
-        than 50 of them, or if every image has the same logits.
+        Measurements and suspicions, without a verdict. Only the number of images if nothing can be concluded, with
+        fewer than 50 images or the same logits for every image.
     """
     with seeded(seed), torch.no_grad():
         logits = model(images)
@@ -88,7 +88,7 @@ def _measure(
     left = torch.stack(list(by_loss.values())).all(0)
     taken = _taken_by_queries(model, images[left], labels[left], radius, seed)
     beside = (images + radius * noise).clamp(0, 1)
-    moved = (beside != images).flatten(1)  # pixels that clipping holds keep their gradient, and would hide the others
+    moved = (beside != images).flatten(1)  # clipped pixels keep their gradient and would hide the others
     there = _gradient(model, beside, labels, LOSSES[0]).flatten(1)
     flat, finite = first.flatten(1), torch.isfinite(first).flatten(1).all(1)
     audit = Audit(
@@ -124,18 +124,18 @@ def _of_gradients(audit: Audit) -> list[str]:
         if share > NO_GRADIENT:
             found.append(f'{share:.0%} of the images have {name.replace("_", " ")}')
     if audit.repeatability < REPEATABLE:
-        found.append(f'the gradient is random (cosine {audit.repeatability:.2f} of the same image, twice)')
+        found.append(f'the gradient is random (cosine {audit.repeatability:.2f} between two computations)')
     if audit.smoothness < SMOOTH:
         found.append(
-            f'neighbours within {format_radius(audit.radius)} have other gradients (cosine {audit.smoothness:.2f})'
+            f'gradients differ between neighbours within {format_radius(audit.radius)} (cosine {audit.smoothness:.2f})'
         )
     return found
 
 
 def _of_single_steps(fgsm: Mapping[float, Tensor], pgd: Mapping[float, Tensor]) -> list[str]:
-    """FGSM far above PGD (a net that overfitted to FGSM), or below it.
+    """FGSM accuracy far above PGD's (a net that overfitted to FGSM), or below it.
 
-    An image that PGD fools within a radius is fooled within every larger one: the radii need not be the same.
+    An image that PGD fools within a radius is fooled within every larger one, so the radii need not be equal.
     """
     found = []
     halved = min((radius for radius in pgd if _share(pgd[radius]) <= 0.5), default=1.0)
@@ -184,18 +184,18 @@ def _of_extremes(audit: Audit) -> list[str]:
 def judge(
     audit: Audit, scores: Sequence[Score] = (), right: Mapping[tuple[str, Variant], Sequence[int]] | None = None
 ) -> Audit:
-    """Add what the attacks of the report say about each other, and the verdict in plain words.
+    """Compare the attacks of the report with each other, and state the verdict.
 
     Args:
-        audit: What ``measure`` found.
-        scores: Of the attacks, which should be ordered by their strength.
-        right: Image by image, 0 or 1, by ``Score.key``, so that attacks on more and on fewer images are compared on the
-            same.
+        audit: The result of ``measure``.
+        scores: Scores of the attacks, whose order should follow their strength.
+        right: For each ``Score.key``, 0 or 1 per image, so that attacks on different numbers of images are compared on
+            the same images.
     """
     if audit.constant:
         verdict = 'nothing to check: the model gives every image the same logits.'
     elif audit.n < ENOUGH:
-        verdict = f'too few images to tell: {audit.n} were classified right, {ENOUGH} or more are needed.'
+        verdict = f'too few images to tell: {audit.n} were classified correctly, {ENOUGH} or more are needed.'
     else:
         audit.suspicions += _disorder(scores, right or {})
         attacks = 'FGSM, PGD and AutoAttack' if _random(audit) else 'FGSM and PGD'
@@ -206,7 +206,7 @@ def judge(
 
 
 def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Sequence[int]]) -> list[str]:
-    """Stronger attacks that do less, and queries that take what AutoAttack's gradients left."""
+    """Signs of masking: stronger attacks that fool less, and queries that fool images AutoAttack's gradients left."""
 
     def excess(strong: Score, weak: Score) -> bool:
         return more(right[strong.key], right[weak.key])
@@ -215,7 +215,7 @@ def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Seque
     by_attack: dict[str, dict[float, Score]] = {}
     for score in scores:
         if score.norm and score.radius is not None and not score.stage:
-            by_attack.setdefault(score.attack, {})[score.radius] = score  # '0.1' is '0.10'
+            by_attack.setdefault(score.attack, {})[score.radius] = score
     for attack, by_radius in by_attack.items():
         ordered = [score for _, score in sorted(by_radius.items())]
         if any(excess(larger, smaller) for smaller, larger in pairwise(ordered)):
@@ -224,7 +224,7 @@ def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Seque
         for radius, score in by_attack.get(strong, {}).items():
             other = by_attack.get(weak, {}).get(radius)
             if other and excess(score, other):
-                found.append(f'{weak} at {format_radius(radius)} does more than {strong}')
+                found.append(f'{weak} at {format_radius(radius)} fools more than {strong}')
     stages = {(score.attack, score.radius, score.stage): score for score in scores if score.stage}
     for (attack, at, stage), score in stages.items():
         before = stages.get((attack, at, 'fab-t'))
@@ -237,24 +237,25 @@ def _disorder(scores: Sequence[Score], right: Mapping[tuple[str, Variant], Seque
 
 
 def more(a: Tensor | Sequence[int], b: Tensor | Sequence[int]) -> bool:
-    """Of the images that both were run on, significantly more are right in ``a`` than in ``b``.
+    """Whether significantly more images are right in ``a`` than in ``b``, of those that both were run on.
 
-    McNemar's test, three standard deviations: what a few images do by chance is no sign.
+    McNemar's test at three standard deviations, so that a few images by chance are no sign.
     """
-    pairs = [(int(x), int(y)) for x, y in zip(a, b, strict=False)]  # as many as both have
+    pairs = [(int(x), int(y)) for x, y in zip(a, b, strict=False)]  # lengths may differ
     up, down = (sum(x > y for x, y in pairs), sum(x < y for x, y in pairs))
     return up - down > max(0.01 * len(pairs), 3 * (up + down) ** 0.5)
 
 
 def _too_many(taken: int, left: int) -> bool:
-    """Images that queries fool after gradients did not: none to a few on honest nets."""
+    """Whether queries fool many images that gradients did not; on honest nets they fool none or a few."""
     return taken >= 5 and taken > QUERIED * left
 
 
 def misled(loss: str, audit: Audit) -> bool:
-    """Do attacks along the gradient of this loss (``Attack.loss``) overstate robustness?
+    """Whether attacks along the gradient of this loss (``Attack.loss``) overstate robustness.
 
-    Large logits spare the margin's; AutoAttack's several losses, and its queries, are spared by all but randomness.
+    Large logits do not mislead the margin loss. AutoAttack, with its several losses and queries, is misled only by
+    randomness.
     """
     if not loss or not audit.suspicions:
         return False
@@ -270,7 +271,7 @@ def _random(audit: Audit) -> bool:
 
 
 def _bisected(pgd: Any) -> dict[float, Tensor]:
-    """PGD at radii that close in on where it leaves half of the images."""
+    """PGD at radii that close in on the one at which it leaves half of the images right."""
     tried: dict[float, Tensor] = {}
     low, high = 0, len(RADII) - 1
     while low <= high:
@@ -281,7 +282,7 @@ def _bisected(pgd: Any) -> dict[float, Tensor]:
 
 
 def _telling(tried: Mapping[float, Tensor]) -> float:
-    """The radius to compare attacks at: where PGD leaves few images, but enough to see what others do to them."""
+    """The radius at which to compare attacks: PGD leaves few images right there, but enough to compare others."""
     some = {radius: share for radius, right in tried.items() if ENOUGH_LEFT <= (share := _share(right)) <= 0.8}
     return min(some, key=some.__getitem__) if some else min(tried, key=lambda r: abs(_share(tried[r]) - 0.5))
 
@@ -309,7 +310,7 @@ def _pgd(
     loss: str,
     source: nn.Module,
 ) -> Tensor:
-    """(B,) bool, the images that stay right at the end of every step: foolbox has no PGD on these losses.
+    """(B,) bool: the images that are classified correctly after every step. (foolbox has no PGD on these losses.)
 
     The gradients are those of ``source``. Images that are fooled leave the batch.
     """
@@ -327,7 +328,7 @@ def _pgd(
 
 
 def _taken_by_queries(model: nn.Module, images: Tensor, labels: Tensor, radius: float, seed: int) -> int | None:
-    """How many of the images AutoAttack's Square fools without gradients; None where its package is missing."""
+    """Number of images that AutoAttack's Square fools without gradients; None if its package is missing."""
     try:
         from pyautoattack.square import SquareAttack
     except ImportError:
@@ -349,7 +350,7 @@ def _share(right: Tensor) -> float:
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:
-    """Mean over the images that have a gradient; 1 where none has."""
+    """Mean cosine over the images that have a gradient; 1 if none has."""
     some = (a != 0).any(1) & (b != 0).any(1)
     if not some.any():
         return 1.0

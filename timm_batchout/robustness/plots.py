@@ -1,4 +1,4 @@
-"""Robust accuracy over the radius, one curve per model."""
+"""Curves of robust accuracy over the radius, one per model."""
 
 import io
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     Bands are 95% intervals; masked curves are dashed.
 
     Args:
-        reports: Of the same data.
-        path: Where to write; the ending says what (.svg, .png, .pdf).
+        reports: Reports on the same data.
+        path: The file; its suffix decides the format (.svg, .png, .pdf).
 
     Raises:
         ValueError: No attack has two radii or more.
@@ -31,12 +31,12 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
     plt = pyplot()
     from matplotlib.lines import Line2D
 
-    # AutoAttack comes first, and is worth a panel with one radius, too: it is the number that counts.
+    # AutoAttack comes first, with a panel even for one radius, because it is the number that counts.
     order = sorted(TITLES, key=lambda attack: not attack.startswith('autoattack'))
     curves = {attack: _variants(reports, attack) for attack in order}
     curves = {attack: v for attack, v in curves.items() if len(v) > 1 or (v and attack.startswith('autoattack'))}
     if not curves:
-        raise ValueError('There is no curve to draw: evaluate an attack at two radii or more.')
+        raise ValueError('A curve needs an attack at two radii or more.')
     columns = min(len(curves), COLUMNS)
     rows = -(-len(curves) // columns)
     figure, axes = plt.subplots(
@@ -77,7 +77,7 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib, drawing to files alone, and the same file each time."""
+    """matplotlib's pyplot, set up to draw to files only, and reproducibly."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -88,7 +88,7 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure, in the format that the path's ending names, and close it."""
+    """Write a figure in the format of the path's suffix, and close it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     kind = path.suffix.lstrip('.') or 'png'
@@ -98,7 +98,7 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def _variants(reports: Sequence[Report], attack: str) -> dict[Variant, float]:
-    """Variant -> where on the axis."""
+    """Each variant of an attack and its place on the axis."""
     found: dict[Variant, float] = {}
     for score in (score for report in reports for score in report.scores if score.attack == attack):
         x = score.radius if score.radius is not None else score.iteration

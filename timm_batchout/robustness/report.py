@@ -1,4 +1,4 @@
-"""What an evaluation found: JSON there and back, and tables."""
+"""The result of an evaluation, and its JSON."""
 
 import json
 import math
@@ -17,7 +17,7 @@ Checked = TypeVar('Checked')
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a share (Wilson, 1927)."""
+    """Wilson's 95% interval of a proportion (Wilson, 1927)."""
     p = correct / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -25,7 +25,7 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 class Variant(NamedTuple):
-    """What tells the scores of one attack apart: a field of ``Score`` each."""
+    """The fields that distinguish the scores of one attack; each is a field of ``Score``."""
 
     radius: float | None = None
     iteration: int | None = None
@@ -35,19 +35,19 @@ class Variant(NamedTuple):
 
 @dataclass
 class Score:
-    """The images that one variant of an attack leaves right.
+    """The accuracy under one variant of an attack.
 
     Attributes:
-        attack: Its name in ``ATTACKS``; 'clean' for none.
-        correct, n: Images right before and after, of how many.
-        norm: Of the radius and of distances: 'Linf', 'L2' or ''.
-        radius: In [0, 1] pixels; None where the attack has no radius.
-        iteration: DeepFool's, from 1 on.
+        attack: Name in ``ATTACKS``; 'clean' for no attack.
+        correct, n: Number of images classified correctly before and after, and of all images.
+        norm: Norm of the radius and of distances: 'Linf', 'L2' or ''.
+        radius: Radius in [0, 1] pixels; None for an attack without a radius.
+        iteration: Iteration of DeepFool, counted from 1.
         stage: After this stage of AutoAttack; '' for the whole attack.
-        corruption: Its name.
-        median_distance, mean_distance: Of the perturbations that were found, norm in [0, 1] pixels; None where the
-            attack does not minimise it. The median counts images that were not fooled as infinitely far.
-        masked: The audit found that gradients do not tell the truth here.
+        corruption: Name of the corruption.
+        median_distance, mean_distance: Norm of the perturbations that were found, in [0, 1] pixels; None if the attack
+            does not minimise it. The median counts images that were not fooled as infinitely far.
+        masked: The audit found masked gradients, which mislead this attack.
     """
 
     attack: str
@@ -68,7 +68,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%, Wilson."""
+        """95% interval (Wilson)."""
         return wilson(self.correct, self.n)
 
     @property
@@ -82,26 +82,26 @@ class Score:
 
 @dataclass
 class Audit:
-    """What the audit for gradient masking measured on ``n`` images that the model classifies right, and its verdict.
+    """The audit for gradient masking: measurements on ``n`` correctly classified images, and a verdict.
 
     Attributes:
-        verdict: In plain words.
-        suspicions: What does not fit with honest gradients; empty where nothing does.
-        n: Images; where they are too few, nothing below was measured.
-        constant: The model gives every image the same logits: there is nothing to check.
-        radius: L-infinity, in [0, 1] pixels: where PGD leaves few images, but enough to see what other attacks do to
-            them. What follows was measured there.
+        verdict: The verdict in words.
+        suspicions: Signs of masked gradients; empty if there are none.
+        n: Number of images; if they are too few, nothing below was measured.
+        constant: The model gives every image the same logits, so there is nothing to check.
+        radius: L-infinity radius in [0, 1] pixels at which the following was measured: PGD leaves few images right
+            there, but enough to compare other attacks.
         radii: For each radius, the shares that FGSM (``fgsm``) and PGD (``pgd``; None: not run) leave right.
-        steps: Of PGD.
+        steps: Gradient steps of PGD.
         logit_std: Standard deviation of all logits.
-        zero_gradients, non_finite_gradients: Shares of images with such a gradient of the cross-entropy.
-        repeatability: Mean cosine of the gradients of the same image, computed twice.
-        smoothness: The same of an image and a random neighbour, over the pixels that differ.
+        zero_gradients, non_finite_gradients: Shares of images whose gradient of the cross-entropy is 0 or not finite.
+        repeatability: Mean cosine of two computations of the gradient of the same image.
+        smoothness: Mean cosine of the gradients of an image and a random neighbour, over the pixels that differ.
         pgd: Shares that PGD leaves right, by its loss.
-        unbounded: The same at radius 1.
-        queries: Of the attack without gradients; 0: its package is not installed.
-        left, taken: Images that PGD leaves right on all losses, and how many of them the queries fool.
-        transfer: Share that PGD images of another net leave right; None where no net was given.
+        unbounded: Shares that PGD leaves right at radius 1, by its loss.
+        queries: Queries of the gradient-free attack; 0: its package is not installed.
+        left, taken: Number of images that PGD leaves right on all losses, and of those that the queries fool.
+        transfer: Share that PGD images of another net leave right; None if no net was given.
     """
 
     verdict: str = ''
@@ -129,19 +129,19 @@ class Report:
     """One model on one data set under several attacks.
 
     Attributes:
-        model: Name or description.
+        model: Name or description of the model.
         data: Name of the data.
-        n: Images.
-        indices: Which of the data set; attacks that were run on fewer took the first of these.
-        batch_size: Of the chunks; attacks depend on it (random draws, and AutoAttack throughout).
-        seed: Of the draw of images, and of all attacks.
-        weights_sha256: Of the state_dict, keys and bytes.
-        preprocessing: ``mean`` and ``std`` inside the model; its input size.
-        settings: Of each attack.
-        scores: The clean one first.
-        audit: What the masking audit found; None if it was not asked for.
+        n: Number of images.
+        indices: Their numbers in the data set; attacks run on fewer images took the first of these.
+        batch_size: Images per chunk; attacks depend on it (random draws, and AutoAttack throughout).
+        seed: Seed of the draw of images and of all attacks.
+        weights_sha256: Hash of the state_dict, keys and bytes.
+        preprocessing: ``mean`` and ``std`` inside the model, and its input size.
+        settings: Settings of each attack.
+        scores: The scores, the clean one first.
+        audit: Result of the masking audit; None if it was switched off.
         environment: Versions and hardware.
-        seconds: Wall time; the only thing in which two runs differ.
+        seconds: Wall time; the only difference between two runs.
     """
 
     model: str
@@ -170,7 +170,7 @@ class Report:
         """The score of one variant of an attack; the radius in [0, 1] pixels, as a number or as '8/255'.
 
         Raises:
-            KeyError: It was not measured.
+            KeyError: This variant was not measured.
         """
         value = parse_radius(radius, 'L2') if isinstance(radius, str) else radius
         variant = Variant(value, iteration, stage, corruption)
@@ -188,10 +188,10 @@ class Report:
 
     @classmethod
     def from_dict(cls, report: Mapping[str, Any]) -> 'Report':
-        """What ``to_dict`` gave, checked field by field: reports come from other people, too.
+        """The inverse of ``to_dict``, checked field by field, because reports also come from other people.
 
         Raises:
-            ValueError: A field that is missing, unknown, of another type or out of range, with its name.
+            ValueError: A field is missing, unknown, of the wrong type or out of range; the message names it.
         """
         values = dict(_of_type('the report', report, dict))
         scores = []
@@ -223,23 +223,23 @@ class Report:
         """A report that ``evaluate`` wrote, or the one inside a bundled model's JSON or a card's results.json.
 
         Raises:
-            ValueError: The file holds something else.
+            ValueError: The file is not a report.
         """
         text = Path(path).read_bytes()
         try:
             content = _of_type('the file', json.loads(text), dict)
             return cls.from_dict(content.get('report', content))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f'{str(path)!r} is no report that `timm-batchout evaluate` wrote: {error}') from error
+            raise ValueError(f'{str(path)!r} is not a report of `timm-batchout evaluate`: {error}') from error
 
 
 def _checked(cls: type[Checked], values: Mapping[str, Any], where: str) -> Checked:
-    """The dataclass of these values, if they are all there, of the type of their field, and no others."""
+    """The dataclass of these values, which must be complete, without extras, and of the types of the fields."""
     known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
     prefix = f'{where}.' if where else ''
     for name in values:
         if name not in known:
-            raise ValueError(f'{prefix}{name} is no field of a report; there are {", ".join(known)}.')
+            raise ValueError(f'{prefix}{name} is not a field of a report. Fields: {", ".join(known)}.')
     for name, entry in known.items():
         if name in values:
             _check_type(f'{prefix}{name}', values[name], entry.type)
@@ -249,7 +249,7 @@ def _checked(cls: type[Checked], values: Mapping[str, Any], where: str) -> Check
 
 
 def _check_type(where: str, value: Any, kind: Any) -> None:
-    """Raise ValueError unless a value is what an annotation says: a plain type, a list or dict, or one of several."""
+    """Raise ValueError unless a value has the annotated type: a plain type, a list or dict, or a union."""
     allowed = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     types = tuple(float if one is float else (get_origin(one) or one) for one in allowed)
     if float in types:
@@ -280,14 +280,14 @@ def _check_score(score: Score, where: str) -> None:
             raise ValueError(f'{where}.{name} must be at least 0, got {value}.')
 
 
-ROUNDING = 0.005  # of the images: FGSM on one processor and another differed by up to 28 of 10,000
+ROUNDING = 0.005  # share of the images: FGSM on two processors differed by up to 28 of 10,000
 
 
 def differences(report: Report, expected: Report) -> list[str]:
-    """Where a report does not confirm an earlier one of the same weights and images; empty where it does.
+    """The differences between a report and an earlier one of the same weights and images; empty if it confirms it.
 
     Clean counts must be equal. Under attack 0.5% of the images may differ: attacks take signs of gradients, which are
-    rounding and little else where a net is sure of itself, and processors round differently.
+    mostly rounding where a net is very confident, and processors round differently.
     """
     for name in ('weights_sha256', 'data', 'indices', 'n'):
         if getattr(report, name) != getattr(expected, name):

@@ -1,4 +1,4 @@
-"""Reports as Markdown tables. The names of attacks are made here, and nowhere else."""
+"""Reports as Markdown tables. Names of attacks for display are made here and nowhere else."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from timm_batchout.text import format_radius
 
 __all__ = ['TITLES', 'attack_title', 'cell', 'compare', 'describe', 'leaders', 'overview', 'table', 'title']
 
-TITLES = {  # of the attacks, with the norm of their radius or distance
+TITLES = {  # names for display, with the norm of the radius or distance
     'fgsm': 'FGSM Linf',
     'pgd': 'PGD Linf',
     'pgd_l2': 'PGD L2',
@@ -36,7 +36,7 @@ def table(report: Report) -> str:
     head = f'**{report.model}** on {report.data}, n = {report.n}'
     verdict = f'\n\nGradient masking: {report.audit.verdict}' if report.audit else ''
     assumed = '' if report.preprocessing.get('stated', True) else (
-        '\n\nThe model states no mean and std: it was given plain [0, 1] pixels.'
+        '\n\nThe model states no mean and std, so it was given plain [0, 1] pixels.'
     )  # fmt: skip
     return head + '\n\n' + '\n'.join(rows) + assumed + verdict
 
@@ -45,7 +45,7 @@ def overview(reports: Mapping[str, Report]) -> str:
     """Clean, AutoAttack and FGSM accuracy of several models, one Markdown table for each data set.
 
     Args:
-        reports: By the name that the table shows.
+        reports: Reports by the name to display.
     """
     tables = []
     for data in sorted({report.data for report in reports.values()}):
@@ -68,22 +68,22 @@ def overview(reports: Mapping[str, Report]) -> str:
 def compare(
     reports: Sequence[Report], names: Sequence[str] = (), first_only: bool = False, intervals: bool = False
 ) -> str:
-    """One Markdown table of several models, a row for each attack; those that lead are bold (see ``leaders``).
+    """One Markdown table of several models, a row for each attack; the leaders are bold (see ``leaders``).
 
-    None leads where the models were not attacked alike (other settings, or images of another net), which the row says.
-    Stages of AutoAttack are left out where they left right what the whole attack did.
+    Rows in which the models were attacked with different settings, or with images of different nets, say so and have no
+    leader. Stages of AutoAttack with the same counts as the whole attack are left out.
 
     Args:
-        reports: Of the same images.
-        names: Column heads; the models' names if left out.
-        first_only: Show only what the first report has measured.
-        intervals: Show 95% intervals (Wilson), too.
+        reports: Reports on the same images.
+        names: Column heads; default: the models' names.
+        first_only: Show only the variants that the first report has.
+        intervals: Also show 95% intervals (Wilson).
 
     Raises:
         ValueError: The reports are of different data or images.
     """
     if len({(report.data, report.indices, report.n) for report in reports}) != 1:
-        raise ValueError('The reports are of different images: they cannot stand in one table.')
+        raise ValueError('Cannot compare reports on different images.')
     heads = [name.replace('|', '\\|') for name in (reports[0].data, *(names or [report.model for report in reports]))]
     what = f'{heads[0]}, accuracy %' if heads[0] else 'accuracy %'
     rows = [
@@ -109,7 +109,7 @@ def compare(
 
 
 def title(score: Score) -> str:
-    """As tables name an attack: 'PGD Linf 8/255'."""
+    """The name of a score in tables: 'PGD Linf 8/255'."""
     return _name(*score.key)
 
 
@@ -124,7 +124,7 @@ def attack_title(attack: str) -> str:
 
 
 def describe(variant: Variant) -> str:
-    """What tells the scores of an attack apart: '8/255', '3 iterations', '8/255 after apgd-ce', 'blur'."""
+    """A variant in words: '8/255', '3 iterations', '8/255 after apgd-ce', 'blur'."""
     radius = '' if variant.radius is None else format_radius(variant.radius)
     plural = '' if variant.iteration == 1 else 's'
     iteration = f'{variant.iteration} iteration{plural}' if variant.iteration else ''
@@ -137,17 +137,17 @@ def _correct(score: Score | None) -> int | None:
 
 
 def _attacked_alike(reports: Sequence[Report], attack: str) -> bool:
-    """With the same settings; how many images and which radii stand in the table."""
+    """Whether the settings are the same, apart from the number of images and the radii, which the table shows."""
     settings = [report.settings[attack] for report in reports if attack in report.settings]
     alike = [{name: value for name, value in each.items() if name not in ('n', 'eps')} for each in settings]
     return all(each == alike[0] for each in alike)
 
 
 def leaders(scores: Sequence[Score | None]) -> list[bool]:
-    """The best scores under one attack: the highest, and those not significantly different from it.
+    """The leading scores under one attack: the highest, and those not significantly different from it.
 
-    Masked scores are never among them. None is best if nothing is left right, or if no score differs significantly.
-    The test compares two proportions at 95%; because the models saw the same images, it is conservative.
+    Masked scores never lead, and nothing leads if no score differs significantly from the highest. The test compares
+    two proportions at 95%; it is conservative, because the models saw the same images.
     """
     honest = [score for score in scores if score and not score.masked]
     top = max(honest, key=lambda score: score.accuracy, default=None)
@@ -163,7 +163,7 @@ def _below(score: Score, top: Score) -> bool:
 
 
 def cell(score: Score | None, leads: bool = False, interval: bool = False) -> str:
-    """In percent, with the 95% interval if asked for; bold where it leads."""
+    """A score in percent, optionally with its 95% interval; bold if it leads."""
     if score is None:
         return ''
     text = f'{100 * score.accuracy:.2f}'

@@ -1,4 +1,4 @@
-"""Save and resume: one folder per checkpoint, complete and sealed with the hashes of its files, or not there at all."""
+"""Save and resume: one folder per checkpoint, written completely or not at all, sealed with its files' hashes."""
 
 import hashlib
 import json
@@ -27,15 +27,15 @@ PROGRESS, EMA = 'progress.pt', 'ema.pt'
 
 
 class Progress:
-    """How far a run is: what a checkpoint holds beside weights, optimizer and random states.
+    """The progress of a run: what a checkpoint holds besides weights, optimizer and random states.
 
     Attributes:
-        epoch: Finished epochs.
-        step: Forwards of the unfinished epoch that are done; 0 at the end of an epoch.
+        epoch: Number of finished epochs.
+        step: Forwards done in the unfinished epoch; 0 at the end of an epoch.
         losses: Their losses, float32 (processes, forwards of an epoch); zeros where not yet done.
-        seconds: Time that the unfinished epoch has taken so far.
-        metrics: The records of the finished epochs.
-        best: The highest validation accuracy so far.
+        seconds: Time spent on the unfinished epoch.
+        metrics: Records of the finished epochs.
+        best: Highest validation accuracy so far.
     """
 
     FIELDS = ('epoch', 'step', 'losses', 'seconds', 'metrics', 'best')
@@ -64,7 +64,7 @@ class Progress:
 def save_checkpoint(
     accelerator: Accelerator, output: Path, progress: Progress, ema: nn.Module | None, forwards: int, keep: int
 ) -> None:
-    """Save all that the accelerator prepared, the progress and the moving average to ``output/checkpoints/step_N``.
+    """Save everything the accelerator prepared, the progress and the moving average to ``output/checkpoints/step_N``.
 
     Raises:
         RuntimeError: It could not be written. Earlier checkpoints are intact.
@@ -79,32 +79,32 @@ def save_checkpoint(
         accelerator.save_state(str(temporary))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            # Not registered with the accelerator, which would read them back as pickles that can run code.
+            # Not registered with the accelerator, which would read them as pickles that can run code.
             torch.save(progress.state_dict(), temporary / PROGRESS)
             if ema is not None:
                 torch.save(ema.state_dict(), temporary / EMA)
             write_atomically(temporary / SEAL, json.dumps(_hashes(temporary), indent=1))
             final = folder / f'step_{forwards:09d}'
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that the resumed run has skipped
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that this resumed run skipped
             temporary.rename(final)
             for old in _ours(folder)[:-keep]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         last = max(_ours(folder), default=None)
-        rest = f'The last one is {last}' if last else 'No earlier one exists'
+        rest = f'The last checkpoint is {last}' if last else 'No earlier checkpoint exists'
         raise RuntimeError(
             f'A checkpoint could not be written to {folder}: {free_space(error, output)}. {rest}.'
         ) from error
 
 
 def _ours(folder: Path) -> list[Path]:
-    """The checkpoints by age, the oldest first; other names in that folder are somebody else's."""
+    """The checkpoints, the oldest first. Other names in that folder do not belong to this run."""
     return sorted(path for path in folder.glob('step_*') if re.fullmatch(r'step_\d{9}', path.name) and path.is_dir())
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written; damaged ones are skipped with a warning."""
+    """The newest intact checkpoint; damaged ones are skipped with a warning."""
     for checkpoint in reversed(_ours(output / CHECKPOINTS)):
         damage = _damage(checkpoint)
         if not damage:
@@ -114,11 +114,11 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 
 def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Progress, ema: nn.Module | None) -> None:
-    """Load a checkpoint into what the accelerator prepared, the progress and the moving average.
+    """Load a checkpoint into everything the accelerator prepared, the progress and the moving average.
 
     Raises:
-        ValueError: It was written by another number of processes, contains pickled code, or is of a net, an optimizer
-            or batches that it does not fit.
+        ValueError: The checkpoint was written by another number of processes, contains pickled code, or belongs to
+            another net, optimizer or batch size.
     """
     with _clear_errors(checkpoint):
         state = torch.load(checkpoint / PROGRESS, map_location='cpu', weights_only=True)
@@ -131,8 +131,8 @@ def restore_checkpoint(accelerator: Accelerator, checkpoint: Path, progress: Pro
     if forwards != progress.losses.shape[1]:
         if state['step']:
             raise ValueError(
-                f'{checkpoint} lies within an epoch of {forwards} batches; this recipe has {progress.losses.shape[1]}. '
-                'batch_size and data can change between epochs only.'
+                f'{checkpoint} was saved within an epoch of {forwards} batches; this recipe has '
+                f'{progress.losses.shape[1]}. batch_size and data can only change between epochs.'
             )
         state['losses'] = progress.losses
     with _clear_errors(checkpoint):
@@ -151,7 +151,9 @@ def _clear_errors(checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except UnpicklingError as error:
-        raise ValueError(f'{checkpoint} contains pickled code and was not loaded. Is it of this run?') from error
+        raise ValueError(
+            f'{checkpoint} contains pickled code and was not loaded. Was it written by this run?'
+        ) from error
     except (EOFError, KeyError, TypeError, ValueError, RuntimeError, FileNotFoundError) as error:
         raise ValueError(
             f'{checkpoint} does not fit this recipe ({error}): model, optimizer and ema_decay must stay the same.'
@@ -164,13 +166,13 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _damage(checkpoint: Path) -> str:
-    """What is wrong with the files of a checkpoint; '' if nothing is."""
+    """The damage to a checkpoint's files in words; '' if it is intact."""
     try:
         sealed = json.loads((checkpoint / SEAL).read_text())
         found = _hashes(checkpoint)
     except (OSError, ValueError) as error:
         return str(error)
     if not isinstance(sealed, dict):
-        return f'{SEAL} holds {str(sealed)[:40]!r}, not the hashes of its files'
+        return f'{SEAL} contains {str(sealed)[:40]!r}, not the hashes of the files'
     changed = [name for name in sorted({*sealed, *found}) if sealed.get(name) != found.get(name)]
     return f'changed or missing: {", ".join(changed)}' if changed else ''

@@ -1,4 +1,4 @@
-"""A training run as data: one tree of dataclasses is the YAML recipe and the command line flags alike.
+"""A training run as a tree of dataclasses, which is both the YAML recipe and the command line flags.
 
 Numbers may be written as fractions: ``epsilon: 8/255``.
 """
@@ -24,14 +24,14 @@ __all__ = [
 
 @dataclass
 class OptimizerConfig:
-    """timm's optimizers by name (``timm.optim.list_optimizers()``); biases and norms get no weight decay.
+    """One of timm's optimizers (``timm.optim.list_optimizers()``); biases and norms get no weight decay.
 
     Args:
         name: 'adamw', 'sgd' (Nesterov momentum), ...
         lr: Peak learning rate.
-        scale_lr: Multiply it by the number of processes (linear scaling with the batch of all of them together).
-        weight_decay: As the optimizer defines it (AdamW: decoupled).
-        momentum: SGD's momentum.
+        scale_lr: Multiply lr by the number of processes (linear scaling with the total batch size).
+        weight_decay: Weight decay as the optimizer defines it (AdamW: decoupled).
+        momentum: Momentum of SGD.
     """
 
     name: str = 'adamw'
@@ -46,12 +46,12 @@ class ScheduleConfig:
     """Linear warm-up, then decay, updated every step.
 
     Args:
-        name: timm's: 'cosine', 'tanh', 'poly' (linear, with decay_rate 1), or 'step'.
-        warmup_epochs: May be a fraction.
-        min_lr: Learning rate at the end, as a share of the peak ('step': without effect).
-        decay_epochs: 'step': between two drops.
-        decay_rate: 'step': the factor of a drop; 'poly': the power.
-        eta_warmup_epochs: BatchOut's eta grows linearly from 0 over so many epochs.
+        name: A schedule of timm's: 'cosine', 'tanh', 'poly' (linear, with decay_rate 1), or 'step'.
+        warmup_epochs: Length of the warm-up; may be a fraction.
+        min_lr: Final learning rate, as a share of the peak ('step': no effect).
+        decay_epochs: 'step': epochs between two drops.
+        decay_rate: 'step': factor of a drop; 'poly': power.
+        eta_warmup_epochs: BatchOut's eta grows linearly from 0 over this many epochs.
     """
 
     name: Literal['cosine', 'tanh', 'poly', 'step'] = 'cosine'
@@ -64,24 +64,25 @@ class ScheduleConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """How a batch becomes a loss.
+    """The loss of a batch: cross-entropy, or a form of adversarial training.
 
     Args:
-        name: 'plain': cross-entropy. 'fgsm': adversarial training as in the paper (section 6.2): the first half of
-            each mini-batch is replaced by its FGSM images of the current net. 'pgd': all of it is replaced by PGD
-            images (Madry et al., 2018). 'fgsm_rs': by images of one step from a random start (Wong et al., 2020).
-            'n_fgsm': by images of one step from stronger noise (de Jorge et al., 2022). 'trades': cross-entropy of the
-            clean images plus ``beta`` times the divergence of the adversarial predictions (Zhang et al., 2019).
+        name: 'plain': cross-entropy. 'fgsm': as in the paper (section 6.2), the first half of each mini-batch is
+            replaced by FGSM images. 'pgd': the whole mini-batch is replaced by PGD images (Madry et al., 2018).
+            'fgsm_rs': by images of one step from a random start (Wong et al., 2020). 'n_fgsm': by images of one step
+            from stronger noise (de Jorge et al., 2022). 'trades': cross-entropy of the clean images plus ``beta``
+            times the divergence of the adversarial predictions (Zhang et al., 2019).
         epsilon: Radius of the adversarial images, in [0, 1] pixels.
-        norm: Of the radius; 'L2' for 'pgd' and 'trades' only.
+        norm: Norm of the radius; 'L2' for 'pgd' and 'trades' only.
         steps: Gradient steps of 'pgd' and 'trades'.
-        step_size: In [0, 1] pixels; 0: 2.5 * epsilon / steps ('fgsm_rs': 1.25 * epsilon, 'n_fgsm': epsilon).
+        step_size: Step size in [0, 1] pixels; 0: 2.5 * epsilon / steps ('fgsm_rs': 1.25 * epsilon, 'n_fgsm':
+            epsilon).
         epsilon_warmup: Share of all training steps over which epsilon grows linearly from 0.
         beta: Weight of the divergence in 'trades'.
-        attack_mode: 'eval' or 'train': mode of the net while it is attacked.
-        attack_batchout: With attack_mode 'train': leave BatchOut on in the attack.
-        batchout: Which pass of 'trades' BatchOut augments: 'both', 'clean' or 'adversarial'.
-        label_smoothing: Of the training loss, in [0, 1).
+        attack_mode: Mode of the net during the attack, 'eval' or 'train'.
+        attack_batchout: With attack_mode 'train', keep BatchOut on during the attack.
+        batchout: The passes of 'trades' that BatchOut augments: 'both', 'clean' or 'adversarial'.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
     """
 
     name: Literal['plain', 'fgsm', 'fgsm_rs', 'n_fgsm', 'pgd', 'trades'] = 'plain'
@@ -106,11 +107,11 @@ class ObjectiveConfig:
 
 @dataclass
 class RobustValConfig:
-    """Robust validation accuracy of adversarial trainings: PGD on a fixed part of the held-out images.
+    """Robust validation accuracy during adversarial training: PGD on a fixed part of the held-out images.
 
     Args:
-        images: How many of the held-out images, the first ones; 0: none, and the best weights follow clean accuracy.
-        steps: Of PGD.
+        images: Number of held-out images, the first ones; 0: none, and the best weights follow clean accuracy.
+        steps: Gradient steps of PGD.
         epsilon: Radius in [0, 1] pixels; 0: that of the objective.
         patience: Stop after this many epochs without a higher robust accuracy; 0: train all epochs.
     """
@@ -123,11 +124,11 @@ class RobustValConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What is saved for ``--resume``.
+    """Checkpoints for ``--resume``.
 
     Args:
-        steps: Also save every so many optimizer steps within an epoch; 0: at the end of each epoch only.
-        keep: How many of the newest checkpoints stay on disk.
+        steps: Also save every N optimizer steps within an epoch; 0: only at the end of each epoch.
+        keep: Number of checkpoints to keep, the newest ones.
     """
 
     steps: int = 0
@@ -139,26 +140,26 @@ class TrainConfig:
     """One training run.
 
     Args:
-        model: A timm model name, or one of this package's.
+        model: Model name, of timm or of this package.
         model_args: Keyword arguments for ``timm.create_model``, e.g. ``{k: 0.3}`` or ``{noise: gaussian}``.
-        output: Run folder; must not hold another run unless ``resume`` is set.
+        output: Run folder; must not contain another run unless ``resume`` is set.
         epochs: Passes over the training set.
         batch_size: Images per forward and process. The last, incomplete batch of an epoch is dropped.
         accumulate: Forwards per optimizer step. BatchOut draws its partners within each forward.
-        clip_grad: Largest L2 norm of the gradient; 0: no limit.
+        clip_grad: Clip the gradient to this L2 norm; 0: no clipping.
         ema_decay: Evaluate and save an exponential moving average of the weights; 0: the weights themselves.
-        eval_epochs: Validate every so many epochs, and after the last.
+        eval_epochs: Validate every N epochs, and after the last.
         eval_batch_size: Images per evaluation step.
-        seed: Of the weights, the order of the data, dropout and BatchOut.
+        seed: Seed of the weights, the order of the data, dropout and BatchOut.
         precision: 'no' (float32), 'bf16' or 'fp16' autocast.
-        channels_last: Memory format of convolution nets; faster on CPUs and on GPUs with tensor cores.
-        compile: torch.compile backend, e.g. 'inductor'. Empty: eager.
-        non_finite: What a NaN or infinite loss does: 'stop' the run, or 'skip' the step.
-        checkpoint: What is saved on the way.
+        channels_last: Use the channels_last memory format; faster for convolutions on most hardware.
+        compile: Backend of torch.compile, e.g. 'inductor'. Empty: eager.
+        non_finite: On a NaN or infinite loss, 'stop' the run or 'skip' the step.
+        checkpoint: Checkpoints to resume from.
         trackers: Accelerate's trackers to log to, by name: tensorboard, trackio, wandb, ...
-        resume: Go on from the newest sound checkpoint in ``output``. 'auto': if there is one (for restarts).
-        allow_changes: Resume even though the recipe differs from the checkpoint's.
-        dry_run: Print the resolved recipe, parameters, BatchOut sites and memory needed; train nothing.
+        resume: Continue from the newest intact checkpoint in ``output``. 'auto': start a new run if there is none.
+        allow_changes: Resume even if the recipe differs from the checkpoint's.
+        dry_run: Print the resolved recipe, parameters, BatchOut sites and estimated memory, and train nothing.
     """
 
     model: str = 'batchout_mnist_cnn'
@@ -188,7 +189,7 @@ class TrainConfig:
     allow_changes: bool = False
     dry_run: bool = False
 
-    # Fields that say how a run is launched; two runs that differ in them alone are the same run.
+    # Fields about how a run is launched. Runs that differ only in these are the same run.
     LAUNCH: ClassVar[tuple[str, ...]] = (
         'output', 'resume', 'allow_changes', 'dry_run', 'trackers', 'data.root', 'data.download', 'data.workers',
     )  # fmt: skip
@@ -223,7 +224,7 @@ class TrainConfig:
         if self.compile:
             _check_backend(self.compile)
         if not self.output and not self.dry_run:
-            raise ValueError('output is empty: name a folder for the run, e.g. --output runs/first.')
+            raise ValueError('output is empty. Name a folder for the run, e.g. --output runs/first.')
         if not 0 < self.data.val_fraction < 1:
             raise ValueError(f'data.val_fraction must lie between 0 and 1, got {self.data.val_fraction}.')
         if self.optimizer.lr <= 0:
@@ -249,14 +250,14 @@ class TrainConfig:
             return
         if objective.epsilon <= 0 or (objective.norm == 'Linf' and objective.epsilon > 1):
             raise ValueError(
-                f'objective.epsilon must be positive for {objective.name}, and an Linf radius at most 1 (pixels are in '
-                f'[0, 1]: divide 8-bit values by 255), got {objective.epsilon}.'
+                f'objective.epsilon must be positive for {objective.name}, and at most 1 as an Linf radius (pixels are '
+                f'in [0, 1]: divide 8-bit values by 255), got {objective.epsilon}.'
             )
         if objective.norm == 'Linf' and robust_val.epsilon > 1:
             raise ValueError(f'robust_val.epsilon is in [0, 1] pixels, got {robust_val.epsilon}.')
         if objective.norm == 'L2' and objective.name not in ('pgd', 'trades'):
             raise ValueError(
-                f"objective.norm L2 goes with 'pgd' and 'trades'; {objective.name!r} steps in Linf: set norm to Linf."
+                f"objective.norm L2 needs objective 'pgd' or 'trades', got {objective.name!r}. Set norm to Linf."
             )
 
     def _validate_augment(self) -> None:
@@ -268,7 +269,7 @@ class TrainConfig:
         foreign = ('padding',) if self.data.name == 'timm' else ('scale', 'color_jitter', 'auto_augment')
         for name in foreign:
             if getattr(augment, name) != getattr(off, name):
-                raise ValueError(f'augment.{name} does not apply to data.name={self.data.name!r}: leave it out.')
+                raise ValueError(f'augment.{name} does not apply to data.name={self.data.name!r}. Leave it out.')
         if augment.mixup or augment.cutmix:
             if self.objective.name != 'plain':
                 raise ValueError(f'Mixup and CutMix mix labels; objective {self.objective.name!r} needs one per image.')
@@ -279,12 +280,12 @@ class TrainConfig:
         return yaml.safe_dump(asdict(self), sort_keys=False)
 
     def recipe(self) -> dict[str, Any]:
-        """What decides the result, and where the data was: for result files."""
+        """For result files: everything that decides the result."""
         return {name: value for name, value in asdict(self).items() if name not in self.LAUNCH}
 
 
 def _check_backend(name: str) -> None:
-    import torch  # not at the top: the command line reads recipes without it
+    import torch  # here, because the command line reads recipes without it
 
     if name not in torch.compiler.list_backends(exclude_tags=()):
         names = ', '.join(torch.compiler.list_backends())

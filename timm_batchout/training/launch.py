@@ -1,10 +1,10 @@
-"""The training loop, on Accelerate: from a config to a run folder.
+"""A training run on Accelerate, from its recipe to a run folder.
 
 run/config.yaml          the resolved recipe
 run/metrics.jsonl        one line per epoch
-run/checkpoints/step_N   all that --resume needs, after N forwards; the newest ones are kept
+run/checkpoints/step_N   the state that --resume needs, after N forwards; the newest ones are kept
 run/model.safetensors    the trained weights (their moving average, if ema_decay is set), keys as in the plain net
-run/best.safetensors     the same at the epoch of the highest validation accuracy
+run/best.safetensors     the weights of the epoch with the highest validation accuracy
 run/result.json          test accuracy, recipe, seed, versions, hardware, sha256 of the weights
 """
 
@@ -44,23 +44,24 @@ __all__ = ['Interrupted', 'recipe_changes', 'train']
 
 
 def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> dict[str, Any]:
-    """Train a model by a recipe: what ``timm-batchout train`` does.
+    """Train a model from a recipe, as ``timm-batchout train`` does.
 
     ``train('recipe.yaml', model='batchout_resnet18', output='runs/a', optimizer={'lr': 1e-3})``
 
     Args:
-        recipe: A YAML file, what one would hold, or a config; None: the defaults.
-        **overrides: Fields of ``TrainConfig``. A mapping for a nested config changes what it names and keeps the rest.
+        recipe: A YAML file, a mapping, or a config; None: the defaults.
+        **overrides: Fields of ``TrainConfig``. A mapping for a nested config changes the keys it names and keeps the
+            rest.
 
     Returns:
-        What it writes to ``result.json``: metrics, recipe, seed, versions, hardware and the sha256 of the weights. A
-        dry run returns what it would train.
+        The content of ``result.json``: metrics, recipe, seed, versions, hardware and the sha256 of the weights. A dry
+        run returns the description that it prints.
 
     Raises:
-        ValueError: An unknown key, a value out of range, data that is not there, images that the model does not take,
-            an output folder that holds another run, nothing to resume. Before the first step, in every case.
+        ValueError: An unknown key, a value out of range, missing data, images that the model does not accept, an
+            output folder that contains another run, nothing to resume. Always before the first step.
         FloatingPointError: The loss became NaN or infinite, and ``non_finite`` is 'stop'.
-        RuntimeError: A checkpoint could not be written; the one before is intact.
+        RuntimeError: A checkpoint could not be written; the previous one is intact.
         Interrupted: SIGTERM or SIGINT. The step was finished and saved.
     """
     if isinstance(recipe, TrainConfig):
@@ -75,7 +76,7 @@ def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **
     except ValueError as error:
         if not config.dry_run:
             raise
-        print(f'The data cannot be read; the input is assumed to be what the model states: {error}')
+        print(f'The data cannot be read, so the input size is that of the model: {error}')
         return _describe(*_create_model(config, 0, accelerator.is_main_process), None)
     config, model = _create_model(config, splits[0].classes, accelerator.is_main_process)
     if config.channels_last:
@@ -103,7 +104,7 @@ def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **
 
 @contextmanager
 def _claimed(folder: RunFolder, config: TrainConfig, accelerator: Accelerator) -> Iterator[Path | None]:
-    """The run folder, locked by the main process for all; the checkpoint to resume from, None for a new run."""
+    """Lock the run folder (on the main process); yields the checkpoint to resume from, None for a new run."""
     found: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -121,16 +122,17 @@ def _claimed(folder: RunFolder, config: TrainConfig, accelerator: Accelerator) -
 
 
 def _create_model(config: TrainConfig, classes: int, say: bool) -> tuple[TrainConfig, nn.Module]:
-    """The model, with as many outputs as the data has classes unless ``num_classes`` is stated; and its recipe.
+    """The model and its recipe. Unless ``num_classes`` is set, the model gets an output for each class of the data.
 
     Args:
-        classes: Of the data; 0: it does not say.
-        say: Print the number of classes where the data decides it.
+        config: The recipe.
+        classes: Number of classes of the data; 0: unknown.
+        say: Print the number of classes if the data decides it.
     """
     model = _seeded_model(config)
     if classes and 'num_classes' not in config.model_args and int(model.num_classes) != classes:  # type: ignore[arg-type]
         if say:
-            print(f'{config.model}: num_classes={classes} from the data (model_args.num_classes states another number)')
+            print(f'{config.model}: num_classes={classes}, from the data. Set model_args.num_classes to override.')
         config = replace(config, model_args={**config.model_args, 'num_classes': classes})
         model = _seeded_model(config)
     return config, model
@@ -142,31 +144,35 @@ def _seeded_model(config: TrainConfig) -> nn.Module:
     try:
         return timm.create_model(config.model, **config.model_args)
     except TypeError as error:
-        raise ValueError(f'{config.model} does not take these model_args: {error}') from error
+        raise ValueError(f'{config.model} does not accept these model_args: {error}') from error
     except (MemoryError, OverflowError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f'{config.model} cannot be made with model_args={config.model_args}: {reason}') from error
+        raise ValueError(f'{config.model} cannot be created with model_args={config.model_args}: {reason}') from error
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:
-    """What ``accelerate launch`` or torchrun has set up; several processes without a GPU talk over gloo."""
+    """Accelerate's view of what ``accelerate launch`` or torchrun has set up; on CPUs several processes use gloo."""
     processes = int(os.environ.get('WORLD_SIZE', '1'))
     on_cpu = parse_flag_from_env('ACCELERATE_USE_CPU') or not torch.accelerator.is_available()
     sharded = [name for name in ('DEEPSPEED', 'FSDP') if parse_flag_from_env(f'ACCELERATE_USE_{name}')]
     if config.precision == 'fp16' and on_cpu:
-        raise ValueError('precision fp16 needs a GPU, and there is none: use bf16.')
+        raise ValueError('precision fp16 needs a GPU. Use bf16 on a CPU.')
     available = [tracker.value for tracker in get_available_trackers()]
     missing = [name for name in config.trackers if name not in available]
     if missing:
-        raise ValueError(f"Tracker {missing[0]!r} is not installed, or not one of Accelerate's; there are {available}.")
+        raise ValueError(
+            f"Tracker {missing[0]!r} is not installed, or is not one of Accelerate's. Available: {available}."
+        )
     if sharded and on_cpu:
-        raise ValueError(f'{sharded[0]} needs GPUs, and there are none: recipes/accelerate/two_cpu_processes.yaml.')
+        raise ValueError(f'{sharded[0]} needs GPUs. For CPUs, use recipes/accelerate/two_cpu_processes.yaml.')
     if sharded and config.ema_decay:
-        raise ValueError(f'ema_decay needs whole weights in every process, {sharded[0]} has shards: set it to 0.')
+        raise ValueError(
+            f'ema_decay needs whole weights in every process, but {sharded[0]} shards them. Set ema_decay to 0.'
+        )
     if sharded == ['DEEPSPEED'] and (config.accumulate > 1 or config.non_finite == 'skip'):
-        raise ValueError('DeepSpeed steps by itself: accumulate must be 1 and non_finite stop.')
+        raise ValueError('DeepSpeed runs the optimizer steps itself: accumulate must be 1, and non_finite stop.')
     _rendezvous_after_restart('gloo' if on_cpu else None)
-    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
+    AcceleratorState._reset_state()  # so that a second run in one process can choose another precision
     accelerator = Accelerator(
         cpu=on_cpu and processes > 1,
         mixed_precision=config.precision,
@@ -181,10 +187,10 @@ def _accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _rendezvous_after_restart(backend: str | None) -> None:
-    """Join the other processes that a launcher on one machine has started again.
+    """Join the other processes after a launcher on one machine has restarted all of them.
 
-    torch's static rendezvous hands them the key-value store of those that died, with their addresses in it; keys with
-    a prefix are new ones. (The c10d rendezvous, for several machines, has a new store each time.)
+    torch's static rendezvous gives them the key-value store of the processes that died, which still holds their
+    addresses; a prefix makes the keys new. (The c10d rendezvous, for several machines, has a new store each time.)
     """
     restarts = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
     if restarts == '0' or os.environ.get('GROUP_WORLD_SIZE') != '1' or dist.is_initialized():
@@ -196,19 +202,19 @@ def _rendezvous_after_restart(backend: str | None) -> None:
 
 
 def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) -> None:
-    """The model takes these images, has an output for every label, and a step of training works."""
+    """Check that the model accepts these images and has an output for every label, and that a training step works."""
     classes = int(model.num_classes)  # type: ignore[arg-type]
     if classes < split.classes:
         raise ValueError(
-            f'The model has {classes} classes, the data {split.classes}: set model_args.num_classes={split.classes}.'
+            f'The model has {classes} classes, the data {split.classes}. Set model_args.num_classes={split.classes}.'
         )
     cfg = input_cfg(model, config.data)
     images = laid_out(_two_images(cfg, split), config.channels_last)
     for name in ('mean', 'std'):
         if len(cfg[name]) not in (1, images.shape[1]):
             raise ValueError(
-                f'The images have {images.shape[1]} channels, the model takes {len(cfg[name])} by its {name}: set '
-                f'model_args.in_chans={images.shape[1]}, and model_args.pretrained_cfg_overlay={{mean: [...], '
+                f'The images have {images.shape[1]} channels, but the {name} of the model has {len(cfg[name])} values. '
+                f'Set model_args.in_chans={images.shape[1]}, and model_args.pretrained_cfg_overlay={{mean: [...], '
                 'std: [...]} with one value per channel.'
             )
     try:
@@ -216,17 +222,17 @@ def _check_fit(config: TrainConfig, model: nn.Module, split: Split | TimmSplit) 
     except (RuntimeError, AssertionError, ValueError) as error:  # timm's ViTs assert the size
         if 'view size is not compatible' in str(error):
             raise ValueError(
-                f'The model uses .view on features that are not laid out for it ({error}). Put .reshape in its place, '
-                'or set channels_last to false.'
+                f'The model uses .view on features whose memory format does not allow it ({error}). Use .reshape '
+                'instead, or set channels_last to false.'
             ) from error
         raise ValueError(
-            f'The model does not take images of shape {list(images.shape[1:])}: {error}. {_remedy(config, split)}'
+            f'The model does not accept images of shape {list(images.shape[1:])}: {error}. {_remedy(config, split)}'
         ) from error
     model.train()
 
 
 def _try_a_step(model: nn.Module, pixel_model: nn.Module, images: Tensor) -> None:
-    """Forward and backward in training mode, before anything is written. The model and the random state stay."""
+    """Forward and backward in training mode, leaving the model and the random state unchanged."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         with seeded(0), torch.enable_grad():
@@ -242,21 +248,21 @@ def _remedy(config: TrainConfig, split: Split | TimmSplit) -> str:
     if not isinstance(split, TimmSplit):
         return 'Set model_args.img_size and model_args.in_chans, or choose other data.'
     if 'img_size' in config.model_args:
-        return f'Set data.image_size={config.model_args["img_size"]}, the size that the model was made for.'
+        return f'Set data.image_size={config.model_args["img_size"]}, the size of the model.'
     return (
-        'Set data.image_size to the size that the model takes, or model_args.img_size and data.image_size to another.'
+        'Set data.image_size to the size that the model accepts, or model_args.img_size and data.image_size to another.'
     )
 
 
 def _two_images(cfg: dict[str, Any], split: Split | TimmSplit | None) -> Tensor:
-    """As the loaders give them: float in [0, 1]. Those that workers will read are zeros of the size that they get."""
+    """Two images as the loaders yield them, float in [0, 1]; zeros in place of images that workers will read."""
     if isinstance(split, Split):
         return split.images[:2].float() / 255
     return torch.zeros(2, *cfg['input_size'])
 
 
 def _describe(config: TrainConfig, model: nn.Module, split: Split | TimmSplit | None) -> dict[str, Any]:
-    """A dry run: the resolved recipe, and what one process would hold in memory while it trains."""
+    """A dry run: the resolved recipe, and an estimate of the memory of one process in training."""
     parameters = sum(p.numel() for p in model.parameters())
     saved: dict[int, int] = {}
 

@@ -1,7 +1,7 @@
-"""A batch becomes a loss: cross-entropy, and the adversarial trainings.
+"""The loss of a batch: cross-entropy, or a form of adversarial training.
 
-An adversarial objective attacks the net as it is at this instant, then trains on what came out. The attack asks for
-gradients of the images alone and leaves the batch-norm statistics as they are.
+An adversarial objective attacks the current net, then trains on the result. The attack computes gradients of the images
+only and leaves the batch-norm statistics unchanged.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +32,10 @@ def perturb(
     """Projected gradient ascent on a loss (Madry et al., 2018).
 
     Args:
-        loss: Images to the sum of their losses.
+        loss: Maps images to the sum of their losses.
         images: (B, C, H, W), floating, in [0, 1].
         epsilon: Radius in [0, 1] pixels; 0 returns the images.
-        step_size: In the same unit.
+        step_size: Step size in [0, 1] pixels.
         steps: Gradient steps.
         norm: 'Linf' or 'L2'.
         start: 'uniform' in the ball, or 'near': the images plus Gaussian noise of standard deviation 0.001 (TRADES).
@@ -58,8 +58,8 @@ def perturb(
 def n_fgsm(loss: Loss, images: Tensor, epsilon: float, step_size: float) -> Tensor:
     """Noise, then one step, without projection (N-FGSM, de Jorge et al., 2022).
 
-    It guards single-step training against catastrophic overfitting. The noise is uniform in twice the radius, so that
-    images may end up to ``2 * epsilon + step_size`` away.
+    It protects single-step training from catastrophic overfitting. The noise is uniform within twice the radius, so
+    images may move by up to ``2 * epsilon + step_size``.
     """
     images = images.detach()
     x = (images + _uniform(images, 2 * epsilon, 'Linf')).clamp_(0, 1)
@@ -91,7 +91,7 @@ def _length(x: Tensor) -> Tensor:
 
 @contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode normalise by the batch but do not add it to their running statistics."""
+    """Let batch norms in training mode normalise by the batch without updating their running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -104,7 +104,7 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """The whole net in one mode; afterwards every layer has its own again."""
+    """Put the whole net in one mode, and restore the mode of every layer afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
@@ -115,14 +115,14 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 class Objective:
-    """``objective(model, images, labels)`` is the mean loss of a mini-batch, to call backward on.
+    """``objective(model, images, labels)`` is the mean loss of a mini-batch.
 
     Args:
-        config: Which objective.
-        layers: BatchOut's in the model, to be switched on and off.
+        config: The objective and its settings.
+        layers: The model's BatchOut layers, which are switched on and off.
 
     Attributes:
-        epsilon: The radius of training now, in [0, 1] pixels; ``warm_up`` sets it.
+        epsilon: The current training radius, in [0, 1] pixels; set by ``warm_up``.
     """
 
     def __init__(self, config: ObjectiveConfig, layers: Sequence[BatchOut] = ()):
@@ -130,7 +130,7 @@ class Objective:
         self.epsilon = config.epsilon
 
     def warm_up(self, share: float) -> None:
-        """Set the radius for when this share of all training steps is done."""
+        """Set the radius, given the share of all training steps that are done."""
         length = self.config.epsilon_warmup
         self.epsilon = self.config.epsilon * (min(1.0, share / length) if length else 1.0)
 
@@ -200,7 +200,7 @@ def _kl(attacked: Tensor, clean: Tensor) -> Tensor:
 def robust_correct(
     model: nn.Module, images: Tensor, labels: Tensor, epsilon: float, norm: str = 'Linf', steps: int = 10
 ) -> Tensor:
-    """(B,) bool: classified right, also after PGD on the cross-entropy with ``steps`` steps; in the model's mode."""
+    """(B,) bool: classified correctly, also after PGD on the cross-entropy; in the model's current mode."""
 
     def loss(x: Tensor) -> Tensor:
         return F.cross_entropy(model(x), labels, reduction='sum')

@@ -1,4 +1,4 @@
-"""From a recipe to a trainer: model, optimizer, schedule, loaders and objective, built in this order."""
+"""A recipe to a trainer: objective, loaders, optimizer and schedule."""
 
 from typing import Any
 
@@ -31,8 +31,8 @@ def make_trainer(
 
     Args:
         config: The recipe.
-        model: With BatchOut, where the recipe names a twin; in its memory format.
-        splits: Training, validation and test.
+        model: The model, with BatchOut if the recipe names a twin, in its memory format.
+        splits: Training, validation and test split.
         accelerator: Devices and processes.
     """
     cfg, classes = input_cfg(model, config.data), int(model.num_classes)  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ def make_trainer(
     if config.compile:
         model.compile(backend=config.compile)
     model, optimizer = accelerator.prepare(model, optimizer)
-    # Of the prepared model: only now do all processes have the weights of the first one.
+    # After prepare: only now do all processes have the weights of the first one.
     ema = ModelEmaV3(accelerator.unwrap_model(model), decay=config.ema_decay) if config.ema_decay else None
     return Trainer(
         config=config,
@@ -77,7 +77,7 @@ def make_trainer(
         loader=loader,
         val_loader=val_loader,
         test_loader=test_loader,
-        # The loss smooths the labels, of mixed images and of others.
+        # No smoothing here: the loss smooths the labels, whether mixed or not.
         mixup=Mixup(mixup, cutmix, label_smoothing=0.0, num_classes=classes) if mixup or cutmix else None,
         class_names=list(splits[0].class_names),
     )
@@ -91,7 +91,7 @@ def _loader(
     classes: int,
     accelerator: Accelerator,
 ) -> TensorLoader | TimmLoader:
-    """Of the training split, number 0, in random order; of the others in their own."""
+    """The loader of a split: training (number 0) in random order, the others in their own."""
     size = config.eval_batch_size if number else config.batch_size
     options: dict[str, Any] = {
         'device': accelerator.device,

@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, what may be written to it, and where a run resumes.
+"""The folder of a run: who may write to it, and where a run resumes.
 
-A folder is ours if it holds our mark, which is also the lock of the process that trains into it. Nothing is written to
-any other folder, unless it is empty.
+A run folder contains a mark, which is also the lock of the process that trains into it. Nothing is written to any other
+folder unless it is empty.
 """
 
 import hashlib
@@ -24,14 +24,14 @@ __all__ = ['MARK', 'RECIPE', 'RunFolder', 'recipe_changes']
 
 MARK = '.timm-batchout-run'
 RECIPE = 'config.yaml'
-PATIENCE = 10  # seconds: the lock of a process that was killed is free when its data workers have ended, too
+PATIENCE = 10  # seconds: the lock of a killed process is free only after its data workers have ended
 
 
 class RunFolder:
-    """Where a run writes, one process at a time.
+    """The folder of a run; one process at a time writes to it.
 
     Args:
-        path: The folder; made by ``claim``.
+        path: The folder; ``claim`` creates it.
     """
 
     def __init__(self, path: str | Path):
@@ -39,26 +39,28 @@ class RunFolder:
         self._lock = FileLock(self.path / MARK)
 
     def claim(self, config: TrainConfig) -> Path | None:
-        """Lock the folder for this run, and find the checkpoint that it resumes from.
+        """Lock the folder for this run, and find the checkpoint to resume from.
 
         Returns:
-            The newest sound checkpoint; None for a new run.
+            The newest intact checkpoint; None for a new run.
 
         Raises:
-            ValueError: The folder belongs to somebody else, to another run, or to a process that is training into it;
-                nothing to resume; a recipe that differs from that of the run to resume. Nothing was changed.
+            ValueError: The folder contains other files or another run, or another process is training into it; there is
+                nothing to resume; the recipe differs from that of the run to resume. Nothing was changed.
         """
         path = self.path
         if path.exists() and not path.is_dir():
             raise ValueError(f'output {str(path)!r} is a file. Choose another --output.')
         if config.resume and config.resume != 'auto' and not _checkpoints(path):
-            raise ValueError(f'Nothing to resume: {str(path)!r} holds no checkpoint. Start a new run without --resume.')
+            raise ValueError(
+                f'Nothing to resume: {str(path)!r} contains no checkpoint. Start a new run without --resume.'
+            )
         marked = (path / MARK).is_file()
         if path.exists() and any(path.iterdir()) and not marked and not (config.resume and _checkpoints(path)):
             raise ValueError(
-                f'{str(path)!r} is not empty and holds no run of timm-batchout. Choose another --output, or empty it.'
+                f'{str(path)!r} is not empty and is not a run folder. Choose another --output, or empty it.'
             )
-        _check_free(path, config)  # before the lock, too: it would touch the mark
+        _check_free(path, config)  # also before locking, which touches the mark
         path.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=PATIENCE if config.resume else 0)
@@ -84,8 +86,8 @@ class RunFolder:
         checkpoint = newest_checkpoint(path)
         if checkpoint is None:
             raise ValueError(
-                f'The run in {str(path)!r} cannot resume: its checkpoints are damaged, cannot be read, or were '
-                'deleted. Restore one, or move the folder away and start again.'
+                f'The run in {str(path)!r} cannot be resumed: its checkpoints are damaged, unreadable or deleted. '
+                'Restore one, or move the folder away and start again.'
             )
         _check_recipe(path, config)
         return checkpoint
@@ -106,7 +108,7 @@ class RunFolder:
         Raises:
             RuntimeError: It could not be written; the earlier file is intact.
         """
-        content = as_safetensors(state_dict)  # save_file would make a file that only its owner can read
+        content = as_safetensors(state_dict)  # save_file would write a file that only its owner can read
         path = self.path / name
         try:
             write_atomically(path, content)
@@ -124,7 +126,7 @@ def _checkpoints(path: Path) -> list[Path]:
 
 
 def _results(path: Path) -> list[Path]:
-    """What training has left in a run folder and must not lose."""
+    """Files of a run that must not be overwritten."""
     names = ('best.safetensors', 'model.safetensors', 'result.json')
     return [*(path / name for name in names if (path / name).exists()), *_checkpoints(path)]
 
@@ -142,35 +144,35 @@ def _check_free(path: Path, config: TrainConfig) -> None:
 def _check_checkpoint_names(path: Path) -> None:
     for found in _checkpoints(path):
         if re.fullmatch(r'step_\d{9}', found.name) and not found.is_dir():
-            raise ValueError(f'{str(found)!r} is a file where a checkpoint would be written. Move it away.')
+            raise ValueError(f'{str(found)!r} is a file in the place of a checkpoint. Move it away.')
 
 
 def _check_recipe(path: Path, config: TrainConfig) -> None:
-    """Raise ValueError unless a config asks for the run that is in this folder."""
+    """Raise ValueError if a config differs from the recipe of the run in this folder."""
     recipe = path / RECIPE
     try:
         saved = yaml.safe_load(recipe.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = 'is missing' if isinstance(error, FileNotFoundError) else f'cannot be read ({error})'
-        raise ValueError(f'{str(recipe)!r} {reason}: restore it from the recipe that the run began with.') from error
+        raise ValueError(f'{str(recipe)!r} {reason}. Restore it from the recipe that the run began with.') from error
     if not isinstance(saved, dict):
-        raise ValueError(f'{str(recipe)!r} is damaged: it holds {str(saved)[:40]!r}, not a recipe. Restore it.')
+        raise ValueError(f'{str(recipe)!r} is damaged: it contains {str(saved)[:40]!r}, not a recipe. Restore it.')
     changes = recipe_changes(saved, config)
     if changes and not config.allow_changes:
         raise ValueError(
-            'The recipe differs from that of the run to resume (--allow-changes resumes all the same):\n'
+            'The recipe differs from that of the run to resume (resume anyway with --allow-changes):\n'
             + '\n'.join(changes)
         )
     for line in changes:
         if line.split(':')[0].strip() in ('model', 'optimizer.name'):
-            raise ValueError(f'This cannot change within a run; start a new one.\n{line}')
+            raise ValueError(f'This cannot change within a run. Start a new run.\n{line}')
 
 
 def recipe_changes(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """Where a config asks for another run than the saved recipe; fields that the recipe lacks have their defaults."""
+    """The differences between a config and a saved recipe. Fields that the recipe lacks have their defaults."""
     default = yaml.safe_load(TrainConfig().to_yaml())
     return [
-        f'  {name}: saved {was!r}, asked for {now!r}'
+        f'  {name}: saved {was!r}, now {now!r}'
         for name, was, now in _differences(_filled(saved, default), yaml.safe_load(config.to_yaml()))
         if name not in config.LAUNCH
     ]

@@ -28,31 +28,31 @@ from timm_batchout.training.validate import in_float32, score
 
 __all__ = ['Interrupted', 'Trainer', 'stop_signals']
 
-LOOK_EVERY = 20  # forwards between two looks at the losses; at most so many updates between two at others' stop signals
-LOOK_SECONDS = 5  # between the latter
+LOOK_EVERY = 20  # forwards between two checks of the losses, and the most updates between two of the stop signals
+LOOK_SECONDS = 5  # between two checks of the stop signals of other processes
 
 
 class Interrupted(Exception):
-    """SIGTERM or SIGINT ended a run early; it was saved, and the message says how to go on."""
+    """SIGTERM or SIGINT ended a run early. It was saved, and the message says how to resume."""
 
 
 @dataclass
 class Trainer:
-    """A model in training, from step to step; ``parts.make_trainer`` builds it from a recipe.
+    """A model in training; ``parts.make_trainer`` builds it from a recipe.
 
     Args:
         config: The recipe.
         accelerator: Devices and processes.
-        folder: Where the run is written.
-        model: Prepared by the accelerator.
-        ema: Moving average of its weights, if there is one.
+        folder: The run folder.
+        model: The model, prepared by the accelerator.
+        ema: Moving average of its weights; None: no average.
         cfg: The model's input: mean, std, size.
-        objective: A batch becomes a loss.
-        optimizer: Prepared by the accelerator.
-        schedule: timm's, of the learning rate.
+        objective: Computes the loss of a batch.
+        optimizer: timm's optimizer, prepared by the accelerator.
+        schedule: timm's schedule of the learning rate.
         loader, val_loader, test_loader: This process's share of the images.
-        mixup: timm's Mixup or CutMix, if asked for.
-        class_names: Of the data, by class number.
+        mixup: timm's Mixup or CutMix; None: neither.
+        class_names: Names by class number.
     """
 
     config: TrainConfig
@@ -77,11 +77,12 @@ class Trainer:
         self.etas = [(layer, layer.eta) for layer in self.objective.layers]  # at full strength
         self.updates_per_epoch = -(-batches // config.accumulate)
         self.progress = Progress(accelerator.num_processes, batches)
-        self.losses = torch.zeros(batches, device=accelerator.device)  # of this process and epoch
-        steps = config.checkpoint.steps * config.accumulate  # between updates: no gradient is half accumulated
+        self.losses = torch.zeros(batches, device=accelerator.device)  # of this process in this epoch
+        steps = config.checkpoint.steps * config.accumulate  # whole updates: no gradient is half accumulated
         self.saved_at = range(steps, batches, steps) if steps else ()  # within each epoch
         self.stop_asked = False
-        self.updates_to_look, self.look_every, self.looked = 1, 1, time.perf_counter()  # at the others' stop signals
+        # When to check the stop signals of the other processes.
+        self.updates_to_look, self.look_every, self.looked = 1, 1, time.perf_counter()
 
     @property
     def forwards(self) -> int:
@@ -90,11 +91,11 @@ class Trainer:
 
     @property
     def weights(self) -> nn.Module:
-        """What is evaluated and saved: the model, or its moving average."""
+        """The model that is evaluated and saved: the model itself or its moving average."""
         return self.ema.module if self.ema else self.accelerator.unwrap_model(self.model)
 
     def train_epoch(self) -> None:
-        """What is left of the current epoch, its validation, and a checkpoint."""
+        """Train the rest of the current epoch, validate, and save a checkpoint."""
         progress = self.progress
         self.model.train()
         self.loader.epoch, self.loader.start = progress.epoch, progress.step
@@ -107,7 +108,7 @@ class Trainer:
                 self._check_losses()
             if self._must_stop():
                 self._save()
-                raise Interrupted(self._how_to_go_on() if self.accelerator.is_main_process else '')
+                raise Interrupted(self._how_to_resume() if self.accelerator.is_main_process else '')
             if progress.step in self.saved_at:
                 self._save()
         self._check_losses()
@@ -115,17 +116,17 @@ class Trainer:
         self._save()
 
     def overfits(self) -> bool:
-        """Robust validation accuracy has not risen for ``robust_val.patience`` epochs; ``best.safetensors`` has it."""
+        """Whether robust validation accuracy has not risen for ``robust_val.patience`` epochs."""
         patience = self.config.robust_val.patience
         robust = [record['val_robust_accuracy'] for record in self.progress.metrics if 'val_robust_accuracy' in record]
         return bool(patience and robust) and len(robust) - 1 - robust.index(max(robust)) >= patience
 
-    def _how_to_go_on(self) -> str:
+    def _how_to_resume(self) -> str:
         command = shlex.join(['train', '--config', str(self.output / RECIPE), '--resume'])
         processes = self.accelerator.num_processes
         if processes == 1:
-            return f'Stopped and saved. Go on with: timm-batchout {command}'
-        return f'Stopped and saved. Go on with {processes} processes, by the launcher: -m timm_batchout.cli {command}'
+            return f'Stopped and saved. Resume with: timm-batchout {command}'
+        return f'Stopped and saved. Resume by the launcher, on {processes} processes: -m timm_batchout.cli {command}'
 
     def _progress_bar(self) -> tqdm:
         images = self.config.batch_size * self.accelerator.num_processes
@@ -142,7 +143,7 @@ class Trainer:
         )
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        """A forward and backward; with the last one of a group, an optimizer step."""
+        """A forward and backward, and after the last of an accumulated group, an optimizer step."""
         step, accumulate = self.progress.step, self.config.accumulate
         group, place = divmod(step, accumulate)
         size = min(accumulate, len(self.loader) - group * accumulate)  # an epoch's last group may be smaller
@@ -160,7 +161,7 @@ class Trainer:
             with self.accelerator.autocast():
                 loss = self.objective(self.pixel_model, images, targets)
             self.accelerator.backward(loss / size)
-        self.losses[step] = loss.detach()  # read every so often: reading it here would stall a GPU at each step
+        self.losses[step] = loss.detach()  # read later: reading it here would stall a GPU at each step
         if last:
             self._update()
         self.progress.step += 1
@@ -169,7 +170,7 @@ class Trainer:
         config = self.config
         if config.clip_grad or config.non_finite == 'skip':
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_grad or float('inf'))
-            # The same on all processes: gradients were averaged before. With fp16 the gradient scaler skips the step.
+            # The same on all processes, because gradients are averaged. With fp16 the gradient scaler skips the step.
             if config.non_finite == 'skip' and not torch.isfinite(norm) and self.accelerator.scaler is None:
                 return
         self.optimizer.step()
@@ -185,9 +186,9 @@ class Trainer:
             layer.set_eta((share * eta[0], share * eta[1]) if isinstance(eta, tuple) else share * eta)
 
     def _must_stop(self) -> bool:
-        """A signal came, here or, on several processes, to any of them: all must stop after the same step."""
+        """Whether a signal came, to any of the processes: all must stop after the same step."""
         if self.progress.step % self.config.accumulate and self.progress.step < len(self.loader):
-            return False  # gradients that are half accumulated would be lost
+            return False  # half accumulated gradients would be lost
         if self.accelerator.num_processes == 1:
             return self.stop_asked
         self.updates_to_look -= 1
@@ -196,14 +197,14 @@ class Trainer:
         now = time.perf_counter()
         own = torch.tensor([float(self.stop_asked), now - self.looked], device=self.accelerator.device)
         asked, seconds = self.accelerator.reduce(own, 'sum').tolist()
-        # Launchers kill after half a minute. From the sum of all clocks: every process must come to the same number.
+        # Launchers kill after half a minute. The sum of all clocks gives every process the same number.
         per_update = max(seconds, 1e-9) / self.accelerator.num_processes / self.look_every
         self.updates_to_look = self.look_every = max(1, min(LOOK_EVERY, int(LOOK_SECONDS / per_update)))
         self.looked = now
         return asked > 0
 
     def _check_losses(self) -> None:
-        """Stop at a loss that is no number, before it can get into a checkpoint."""
+        """Stop at a NaN or infinite loss, before it can get into a checkpoint."""
         done = self.losses[: self.progress.step]
         if self.config.non_finite == 'skip' or torch.isfinite(done).all():
             return
@@ -212,11 +213,11 @@ class Trainer:
         raise FloatingPointError(
             f'The loss became {done[step].item()} at step {step} of epoch {self.progress.epoch + 1}. '
             f'Lower optimizer.lr ({self.optimizer.param_groups[0]["lr"]:g} now), or set non_finite to skip. '
-            f'The last good checkpoint: {checkpoint or "none yet"}.'
+            f'Last good checkpoint: {checkpoint or "none yet"}.'
         )
 
     def _epoch_record(self) -> dict[str, Any]:
-        """Close the epoch: its line of metrics.jsonl."""
+        """End the epoch: validate, and return its line of metrics.jsonl."""
         progress, world_size = self.progress, self.accelerator.num_processes
         images = len(self.loader) * self.config.batch_size * world_size
         losses = self._all_losses()
@@ -231,8 +232,8 @@ class Trainer:
         }
         if not finite.any():
             raise FloatingPointError(
-                f'Every loss of epoch {record["epoch"]} was NaN or infinite: skipping such steps does not help. Lower '
-                f'optimizer.lr. The last good checkpoint: {newest_checkpoint(self.output) or "none yet"}.'
+                f'Every loss of epoch {record["epoch"]} was NaN or infinite, so skipping such steps does not help. '
+                f'Lower optimizer.lr. Last good checkpoint: {newest_checkpoint(self.output) or "none yet"}.'
             )
         if self.config.non_finite == 'skip':
             record['non_finite_losses'] = int((~finite).sum())
@@ -250,7 +251,7 @@ class Trainer:
         return record
 
     def _robust_validation(self) -> dict[str, Any]:
-        """PGD on the first held-out images, where the objective is an adversarial one."""
+        """Accuracy under PGD on the first held-out images; empty for the plain objective."""
         config, objective = self.config.robust_val, self.config.objective
         if objective.name == 'plain' or not config.images:
             return {}
@@ -284,10 +285,10 @@ class Trainer:
         metrics = self.progress.metrics
         left = (self.config.epochs - record['epoch']) * sum(r['seconds'] for r in metrics) / len(metrics)
         line += f'{record["images_per_second"]:.0f} images/s'
-        tqdm.write(line + (f'  {timedelta(seconds=round(left))} to go' if left else ''))
+        tqdm.write(line + (f'  {timedelta(seconds=round(left))} left' if left else ''))
 
     def _all_losses(self) -> Tensor:
-        """Of all processes in this epoch, (processes, forwards)."""
+        """The losses of all processes in this epoch, (processes, forwards)."""
         return self.accelerator.gather(self.losses[None]).cpu()
 
     def _save(self) -> None:
@@ -298,10 +299,10 @@ class Trainer:
         save_checkpoint(self.accelerator, self.output, self.progress, self.ema, self.forwards, keep)
 
     def finish(self) -> dict[str, Any]:
-        """Test, write the weights and result.json; returns the latter."""
+        """Test, write the weights and result.json, and return the content of the latter."""
         test = score(self.weights, self.test_loader, self.accelerator, prefix='test_')
         metrics = self.progress.metrics
-        if 'val_accuracy' not in metrics[-1]:  # resumed with fewer epochs, from one that was not validated
+        if 'val_accuracy' not in metrics[-1]:  # resumed with fewer epochs, after one that was not validated
             metrics[-1] |= score(self.weights, self.val_loader, self.accelerator, prefix='val_')
         names = ('train_loss', 'val_accuracy', 'val_correct', 'val_n', 'val_loss')
         result = {
@@ -322,15 +323,15 @@ class Trainer:
         return result
 
     def _write_weights(self, name: str) -> str:
-        """The plain net's state_dict as safetensors; returns the file's sha256, '' on all but the main process."""
-        # Of all processes: with FSDP each holds a part.
+        """Write the state_dict as safetensors; returns the file's sha256, '' except on the main process."""
+        # On all processes, because with FSDP each holds a part.
         whole = self.ema.module.state_dict() if self.ema else self.accelerator.get_state_dict(self.model)
         return self.folder.write_weights(whole, name) if self.accelerator.is_main_process else ''
 
 
 @contextmanager
 def stop_signals(trainer: Trainer) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the run to stop after its step; a second one acts as usual."""
+    """Let SIGTERM and SIGINT stop the run after its current step; a second signal acts as usual."""
 
     def ask(number: int, frame: Any) -> None:
         trainer.stop_asked = True
@@ -340,7 +341,7 @@ def stop_signals(trainer: Trainer) -> Iterator[None]:
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, ask)
-    except ValueError:  # not the main thread, which alone may set handlers
+    except ValueError:  # only the main thread may set handlers
         pass
     try:
         yield

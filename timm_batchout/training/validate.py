@@ -1,4 +1,4 @@
-"""Accuracy of a model on a split while it trains: per image, on all processes together, each image once."""
+"""Accuracy of a model on a split during training: all processes together, each image once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ __all__ = ['in_float32', 'score']
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Without the autocast that Accelerate sets around the forward of a model (and of its moving average)."""
+    """Suspend the autocast that Accelerate sets around the forward of a model (and of its moving average)."""
     wrapped = model.__dict__.pop('forward', None)
     try:
         yield
@@ -35,17 +35,17 @@ def score(
 ) -> dict[str, Any]:
     """Accuracy and loss in float32, the spread of the logits, and the mean L2 norm in front of every activation.
 
-    Norms and logit spread are there because BatchOut's stop-gradient can let features run away, which makes
-    gradient-based attacks fail without making the net robust.
+    Norms and logit spread are recorded because BatchOut's stop-gradient can let features grow without bound, which
+    makes gradient-based attacks fail without making the net robust.
 
     Args:
-        model: Not wrapped for distribution; every process has the same.
+        model: The unwrapped model, the same on every process.
         loader: This process's share of the images.
-        accelerator: Joins the shares.
-        prefix: Of the names in the result.
+        accelerator: Gathers the shares.
+        prefix: Prefix of the names in the result.
 
     Returns:
-        ``{prefix}accuracy``, ``correct``, ``n``, ``loss``, ``logit_std`` and ``norms``, of all images.
+        ``{prefix}accuracy``, ``correct``, ``n``, ``loss``, ``logit_std`` and ``norms``, over all images.
     """
     pixel_model = PixelModel(model).to(accelerator.device)
     sites = activation_sites(model)
@@ -60,7 +60,7 @@ def score(
     handles = [site.register_forward_pre_hook(watch(row)) for site, row in zip(sites.values(), norms, strict=True)]
     logits = torch.zeros(0, int(model.num_classes), device=accelerator.device)  # type: ignore[arg-type]
     labels = torch.zeros(0, dtype=torch.int64, device=accelerator.device)
-    outputs = [(logits, labels)]  # some process may have no image
+    outputs = [(logits, labels)]  # a process may have no image
     try:
         with in_float32(model):
             for images, targets in loader:
@@ -84,17 +84,16 @@ def score(
 
 
 def _all(share: Tensor, accelerator: Accelerator) -> Tensor:
-    """The rows of all processes. Shares may differ in length."""
+    """The rows of all processes, whose shares may differ in length."""
     if accelerator.num_processes == 1:
         return share
     lengths = accelerator.gather(torch.tensor([len(share)], device=share.device)).tolist()
-    padded = torch.cat([share, share.new_zeros(max(lengths) - len(share), *share.shape[1:])])
-    parts = accelerator.gather(padded).split(max(lengths))
+    parts = accelerator.gather(accelerator.pad_across_processes(share)).split(max(lengths))
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 
 def _forwards(own: int, accelerator: Accelerator) -> int:
-    """How many this process must take part in: with FSDP, in as many as any other."""
+    """The number of forwards this process must take part in: with FSDP, as many as any other process."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return 0
     return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())

@@ -16,7 +16,7 @@ from timm_batchout.zoo.pretrained import read_weights_card, trusted
 __all__ = ['CIFAR10_CLASSES', 'CifarResNet']
 
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
-STRIDE_OF_STEM = 4  # what the 7x7 stem and its pooling would divide the size by
+STEM_REDUCTION = 4  # of the 7x7 stem and pooling that these nets lack
 
 
 class CifarResNet(ResNet):
@@ -36,7 +36,7 @@ class CifarResNet(ResNet):
         if width < 2 or width % 2:
             raise ValueError(f'width must be an even number of channels, at least 2; got {width}.')
         options: dict[str, Any] = dict(channels=tuple(width * 2**stage for stage in range(len(layers))), **kwargs)
-        # The deep stem alone has a width of its own. Its convolutions make way for one.
+        # Only the deep stem takes a width. Its convolutions are replaced by a single one.
         block: Any = BasicBlock
         super().__init__(block, layers, in_chans=in_chans, stem_type='deep', stem_width=width // 2, **options)
         stem = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
@@ -46,7 +46,7 @@ class CifarResNet(ResNet):
         self.add_module('maxpool', nn.Identity())
         info: Any
         for info in self.feature_info:
-            info['reduction'] = max(1, info['reduction'] // STRIDE_OF_STEM)
+            info['reduction'] = max(1, info['reduction'] // STEM_REDUCTION)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -54,7 +54,7 @@ class CifarResNet(ResNet):
 
 
 def _cfg(name: str = '') -> dict[str, Any]:
-    """A pretrained cfg; with a name, the one of bundled weights."""
+    """A pretrained cfg; with a name, that of bundled weights."""
     weights: dict[str, Any] = {**read_weights_card(name), 'label_names': CIFAR10_CLASSES} if name else {}
     return dict(
         input_size=(3, 32, 32),

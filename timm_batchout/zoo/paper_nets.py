@@ -1,7 +1,7 @@
 """The paper's two nets (appendix, tables 1 and 2), plain and with BatchOut, in timm's model contract.
 
 ``mnist_cnn`` and ``cifar_vgg`` are the plain nets; ``batchout_mnist_cnn`` and ``batchout_cifar_vgg`` are the same nets
-with BatchOut hooked in front of every ReLU, so all weights of a net fit both. Inputs are pixels in [0, 1].
+with BatchOut in front of every ReLU, so weights fit both. Inputs are pixels in [0, 1].
 """
 
 import logging
@@ -31,7 +31,7 @@ _logger = logging.getLogger(__name__)
 
 @register_notrace_function  # the check is Python control flow on shapes, which FX cannot trace
 def check_input_size(x: Tensor, in_chans: int, height: int, width: int) -> None:
-    """Fully connected layers fix the input size: say so, before the first convolution does."""
+    """Fully connected layers fix the input size: raise a clear error before the first convolution raises its own."""
     if x.dim() != 4 or x.shape[1] != in_chans or x.shape[2] != height or x.shape[3] != width:
         raise ValueError(
             f'This net takes images of shape (batch, {in_chans}, {height}, {width}), got {list(x.shape)}. '
@@ -44,12 +44,12 @@ class PaperNet(nn.Module):
 
     Args:
         channels: Output channels of the convolutions, one tuple per stage.
-        kernel_size: Of every convolution; stride 1, padded to keep the size.
+        kernel_size: Kernel size of every convolution; stride 1, padded to keep the size.
         hidden: Widths of the fully connected layers.
         img_size: Height and width of the input, or one number for both.
         num_classes: 0 removes the classifier: the output is then the last hidden layer, (B, hidden[-1]).
-        global_pool: 'flatten' (the paper's) gives every position of the last feature map to the first fully connected
-            layer; timm's pools ('avg', 'max', 'avgmax', 'catavgmax') pool it first. '' goes with num_classes=0: the
+        global_pool: 'flatten' (the paper's) feeds every position of the last feature map to the first fully connected
+            layer; timm's pools ('avg', 'max', 'avgmax', 'catavgmax') pool it first. '' requires num_classes=0: the
             output is then the unpooled feature map.
         drop_rate: Dropout before the first fully connected layer and before the classifier (paper: 0.5).
 
@@ -105,9 +105,9 @@ class PaperNet(nn.Module):
         self._initialize_weights()
 
     def _build_pool(self, global_pool: str, num_classes: int) -> int:
-        """Set the pooling; returns the number of features it hands to the first fully connected layer."""
+        """Set the pooling; returns the number of features that enter the first fully connected layer."""
         if global_pool == '' and num_classes > 0:
-            raise ValueError("global_pool='' returns feature maps and goes with num_classes=0 only.")
+            raise ValueError("global_pool='' returns feature maps and requires num_classes=0.")
         self.pool_type = global_pool
         self.global_pool: nn.Module
         self.head_hidden_size = self.hidden[-1] if global_pool else self.num_features
@@ -132,7 +132,7 @@ class PaperNet(nn.Module):
         self.head = nn.Linear(self.head_hidden_size, num_classes, **self._factory) if num_classes else nn.Identity()
 
     def _initialize_weights(self) -> None:
-        # He et al., for ReLU nets without normalisation; a small classifier, so that training starts at even odds.
+        # He et al., for ReLU nets without normalisation. A small classifier, so that training starts at uniform odds.
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='relu')
@@ -161,7 +161,7 @@ class PaperNet(nn.Module):
         weight = next(self.parameters())
         self._factory = {'device': weight.device, 'dtype': weight.dtype}
         if self.pool_type == '' and (num_classes > 0 or global_pool):
-            raise ValueError("This net was reduced to feature maps (global_pool=''). Create it anew to classify.")
+            raise ValueError("This net was reduced to feature maps (global_pool=''). Create a new one to classify.")
         if global_pool is not None and global_pool != self.pool_type:
             in_features = self._build_pool(global_pool, num_classes)
             if global_pool == '':
@@ -184,7 +184,7 @@ class PaperNet(nn.Module):
         Args:
             x: Images, (B, C, H, W), in [0, 1].
             indices: Take the last n if int, all if None, select matching indices if a sequence.
-            norm: Without effect, there is no final norm layer.
+            norm: No effect, because there is no final norm layer.
             stop_early: Stop at the last wanted feature map.
             output_fmt: 'NCHW'.
             intermediates_only: Return the feature maps only.
@@ -215,7 +215,7 @@ class PaperNet(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the wanted intermediates do not need; returns their indices."""
+        """Drop the layers that the wanted intermediates do not need; returns their indices."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         if max_index < len(self.stages):
             self.stages = self.stages[: max_index + 1]
@@ -259,7 +259,7 @@ _cifar_vgg = partial(PaperNet, channels=((32, 64), (64, 64, 64)), kernel_size=3,
 
 
 def _cfg(name: str, input_size: tuple[int, int, int], **kwargs: Any) -> dict[str, Any]:
-    """A pretrained cfg; its weights file and notes come from the JSON that the training run left beside the weights."""
+    """A pretrained cfg; its weights file and notes come from the JSON beside the weights."""
     return dict(
         input_size=input_size,
         mean=(0.0,) * input_size[0],
@@ -329,15 +329,15 @@ def _create(variant: str, net: Callable[..., PaperNet], pretrained: bool, **kwar
 def _create_batchout(
     variant: str, net: partial[PaperNet], paper_eta: dict[str, Any], pretrained: bool, **kwargs: Any
 ) -> PaperNet:
-    """The net with BatchOut hooked in. Keyword arguments named as in ``BatchOutConfig`` override the paper's values."""
+    """The net with BatchOut. Keyword arguments named as in ``BatchOutConfig`` override the paper's values."""
     chosen = {name: kwargs.pop(name) for name in BatchOutConfig.__dataclass_fields__ if name in kwargs}
     config = BatchOutConfig(**{'eta': paper_eta, **chosen})
 
     def build(**model_args: Any) -> PaperNet:
         model = net(**model_args)
         if is_scriptable():
-            # TorchScript cannot compile hooks. It is for inference, where BatchOut is the identity.
-            _logger.warning(f'{variant} is made scriptable: BatchOut is left out, so do not train this one.')
+            # TorchScript cannot compile hooks. It serves inference, where BatchOut is the identity.
+            _logger.warning(f'{variant} is made scriptable, without BatchOut. Do not train this one.')
             return model
         if 'eta' in chosen:
             return add_batchout(model, config)

@@ -1,8 +1,7 @@
-"""Where trained weights come from: the files bundled with the package, or the Hugging Face Hub; both are checked.
+"""Trained weights from the files bundled with the package or from the Hugging Face Hub, both checked.
 
-From the Hub: safetensors and nothing else, of one commit, with the sha256 that its config.json states.
-
-A repository that ``timm-batchout publish`` made states the sha256 of its weights at the root of config.json.
+From the Hub only safetensors are read, all from one commit, and with the sha256 that config.json states: repositories
+made by ``timm-batchout publish`` state the sha256 of their weights at its root.
 """
 
 import hashlib
@@ -25,11 +24,11 @@ __all__ = [
 
 NAMESPACE = os.environ.get('TIMM_BATCHOUT_HUB_NAMESPACE') or 'timm-batchout'
 WEIGHTS = 'model.safetensors'
-FOLDER = Path(__file__).parent / 'weights'  # of the bundled ones: NAME.safetensors, and the NAME.json of its training
+FOLDER = Path(__file__).parent / 'weights'  # bundled: NAME.safetensors, with training and report in NAME.json
 
 
 def trusted(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of timm's ``build_model_with_cfg`` with ``pretrained``, once the weights are there and checked.
+    """Download (if needed) and check pretrained weights; returns the arguments for timm's ``build_model_with_cfg``.
 
     Raises:
         ValueError: See ``fetch`` and ``check_weights``.
@@ -43,33 +42,33 @@ def trusted(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_hub(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Where timm would read weights from the Hub, fetch them first and have it read that file instead.
+    """If timm would read weights from the Hub, fetch them first and let it read that file instead.
 
     Args:
         variant: The architecture.
         kwargs: Arguments of timm's ``build_model_with_cfg``.
 
     Returns:
-        ``kwargs``, with a ``pretrained_cfg_overlay`` that names the file, or as they are if the weights are elsewhere.
+        ``kwargs``, with a ``pretrained_cfg_overlay`` that names the file; unchanged if the weights are elsewhere.
 
     Raises:
         ValueError: See ``fetch``.
     """
-    from timm.models import resolve_pretrained_cfg  # not at the top: `timm-batchout list` answers without timm
+    from timm.models import resolve_pretrained_cfg  # here, because `timm-batchout list` answers without timm
 
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     elsewhere = cfg.source == 'local-dir' or (cfg.source != 'hf-hub' and (cfg.state_dict or cfg.file))
     if elsewhere or not cfg.hf_hub_id:
         return kwargs
-    # What else a config.json may say of where its weights are (another file name, custom code) is not followed.
+    # Other hints in config.json about where the weights are (another file name, custom code) are ignored.
     file = fetch(cfg.hf_hub_id, kwargs.get('cache_dir'), '' if cfg.source == 'hf-hub' else _packaged(cfg.hf_hub_id))
     source = {'file': str(file), 'source': None, 'hf_hub_filename': None, 'custom_load': False}
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, **source}}
 
 
 def _packaged(hub_id: str) -> str:
-    """The sha256 that the package has of the weights of its own models; '' for other repositories and revisions."""
+    """The sha256 of the weights, known for this package's own models; '' for other repositories and revisions."""
     namespace, _, name = hub_id.partition('/')
     return bundled_cards().get(name, {}).get('sha256', '') if namespace == NAMESPACE else ''
 
@@ -80,13 +79,13 @@ def fetch(name: str, cache_dir: str | Path | None = None, packaged: str = '') ->
     Args:
         name: 'namespace/name', or 'namespace/name@revision'.
         cache_dir: huggingface_hub's cache; None: its default.
-        packaged: The sha256 that the weights must have, whatever their config.json says; '' if it is not known.
+        packaged: The sha256 that the weights must have, whatever their config.json says; '' if unknown.
 
     Raises:
-        ValueError: The repository has no model.safetensors, or one that is not what its config.json or ``packaged``
-            says; a config.json that is damaged (it is deleted from the cache) or no JSON object.
+        ValueError: The repository has no model.safetensors, or one that does not match its config.json or ``packaged``;
+            a config.json that is damaged (it is deleted from the cache) or not a JSON object.
         ConnectionError: The Hub does not answer, and the cache does not have the weights.
-        huggingface_hub.errors.HfHubHTTPError: No such repository or revision, or no access to it.
+        huggingface_hub.errors.HfHubHTTPError: The repository or revision does not exist or is not accessible.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -98,26 +97,29 @@ def fetch(name: str, cache_dir: str | Path | None = None, packaged: str = '') ->
     except LocalEntryNotFoundError:
         raise
     except EntryNotFoundError as error:
-        raise ValueError(f'{name} holds no {WEIGHTS}; other formats are not read: pickles can run code.') from error
+        raise ValueError(
+            f'{name} has no {WEIGHTS}. Other formats are not read, because pickles can run code.'
+        ) from error
     actual = hashlib.sha256(weights.read_bytes()).hexdigest()
     for witness, expected in (('its config.json', stated), ('timm-batchout', packaged)):
         if expected and actual != expected:
-            _delete(weights, config)  # else the cache would hand them out again; and either may be the damaged one
+            _delete(weights, config)  # the cache would return them again, and either may be the damaged one
             raise ValueError(
                 f'{WEIGHTS} of {name} has the sha256 {actual[:12]}..., {witness} says {expected[:12]}.... It and its '
-                'config.json were deleted from the cache. Try again; if it stays so, do not trust this repository.'
+                'config.json were deleted from the cache. Try again; if the mismatch persists, do not trust this '
+                'repository.'
             )
     return weights
 
 
 def _stated_sha256(name: str, path: Path) -> str:
-    """What config.json says of the weights, in lower case; '' if it says nothing.
+    """The sha256 in config.json, in lower case; '' if it has none.
 
     Raises:
-        ValueError: It is damaged, and then deleted from the cache, or not what a config can be.
+        ValueError: The file is damaged (it is then deleted from the cache) or not a valid config.
     """
     content = path.read_bytes()
-    blob = path.resolve().name  # the cache calls a file by its etag, git's hash of what the Hub has
+    blob = path.resolve().name  # the cache names a file by its etag: git's hash of the Hub's file
     damaged = len(blob) == 40 and blob != hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
     try:
         config = json.loads(content)
@@ -127,15 +129,17 @@ def _stated_sha256(name: str, path: Path) -> str:
         _delete(path)
         raise ValueError(f'config.json of {name} was damaged. It was deleted from the cache: try again.')
     if not isinstance(config, dict):
-        raise ValueError(f'config.json of {name} must be a JSON object, got {str(config)[:40]!r}: it is no model here.')
+        raise ValueError(
+            f'config.json of {name} must be a JSON object, got {str(config)[:40]!r}. It is not a model of this package.'
+        )
     sha256 = config.get('sha256') or ''
     if not isinstance(sha256, str):
-        raise ValueError(f'sha256 in config.json of {name} must be text, got {sha256!r}: publish the model again.')
+        raise ValueError(f'sha256 in config.json of {name} must be a string, got {sha256!r}. Publish the model again.')
     return sha256.lower()
 
 
 def _delete(*paths: Path) -> None:
-    """Links and the blobs that they point to."""
+    """Delete links and the blobs they point to."""
     for path in paths:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -146,19 +150,19 @@ def _download(repo: str, file: str, revision: str | None, cache_dir: str | Path 
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if not isinstance(try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision), str):
-        try:  # once: hf_hub_download would try a dead server for half a minute
+        try:  # once, because hf_hub_download retries a dead server for half a minute
             get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
         except HfHubHTTPError:
             raise
         except OfflineModeIsEnabled as error:
-            raise ConnectionError(f'{repo} is not in the cache, and huggingface_hub is set to be offline.') from error
-        except Exception as error:  # of whichever HTTP library this version of huggingface_hub uses
+            raise ConnectionError(f'{repo} is not in the cache, and huggingface_hub is in offline mode.') from error
+        except Exception as error:  # the HTTP library depends on the version of huggingface_hub
             raise ConnectionError(f'The Hub does not answer, and {repo} is not in the cache: {error}') from error
     return Path(hf_hub_download(repo, file, revision=revision, cache_dir=cache_dir))
 
 
 def read_weights_card(name: str) -> dict[str, Any]:
-    """What timm's pretrained cfg takes from a bundled model's JSON: where its weights are, and a line of provenance.
+    """The part of timm's pretrained cfg that comes from a bundled model's JSON: its weights and a line of provenance.
 
     Without the file (a slim installation) timm reads the weights from the Hub.
     """
@@ -175,10 +179,10 @@ def read_weights_card(name: str) -> dict[str, Any]:
 
 
 def check_weights(file: str | None) -> None:
-    """Raise unless ``file``, where it is one of the bundled weights files, is the one that its JSON describes.
+    """Check a bundled weights file against its JSON; other files are not checked.
 
     Raises:
-        ValueError: An altered or missing weights file.
+        ValueError: The file is altered or missing.
     """
     if file is None or Path(file).parent != FOLDER:
         return

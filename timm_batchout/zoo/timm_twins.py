@@ -1,4 +1,4 @@
-"""``batchout_<arch>`` for every architecture that timm knows: timm's own net, with BatchOut hooked in.
+"""``batchout_<arch>`` for every architecture that timm knows: timm's net with BatchOut added by hooks.
 
 ``timm.create_model('batchout_resnet50.a1_in1k', pretrained=True)`` is timm's ``resnet50.a1_in1k``: same weights, same
 state_dict keys, same logits in eval; its features are augmented while it trains.
@@ -31,24 +31,24 @@ _logger = logging.getLogger(__name__)
 PREFIX = 'batchout_'
 _OPTIONS = tuple(field.name for field in fields(BatchOutConfig))
 
-# timm's register_model looks the pretrained cfgs of a model up here.
+# timm's register_model looks up a model's pretrained cfgs here.
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
 def register_twins(names: str | Iterable[str] | None = None) -> list[str]:
     """Register ``batchout_<arch>`` with timm, with every pretrained tag of the base.
 
-    Importing ``timm_batchout`` does it for all that is registered by then; call it again after importing another
-    package that registers models. Architectures that have a twin keep it.
+    Importing ``timm_batchout`` does this for every model registered by then. Call it again after importing another
+    package that registers models. Architectures that already have a twin keep it.
 
     Args:
-        names: An architecture, or several; None: all that timm lists, without deprecated names.
+        names: One or several architectures; None: every model that timm lists, without deprecated names.
 
     Returns:
         The names of the new twins.
 
     Raises:
-        ValueError: An architecture that timm does not know (the nearest is named), or that is a twin itself.
+        ValueError: An architecture that timm does not know (the message suggests one), or that is itself a twin.
     """
     if names is None:
         names = timm.list_models()
@@ -60,10 +60,10 @@ def register_twins(names: str | Iterable[str] | None = None) -> list[str]:
 
 
 def check_model_name(name: str) -> None:
-    """Say what is wrong with a model name, and what may be meant, before timm says that it does not know it.
+    """Check a model name, so that the error can suggest what was meant.
 
     Raises:
-        ValueError: No such architecture, or a twin of a twin.
+        ValueError: An unknown architecture, or a twin of a twin.
     """
     arch = name.partition('.')[0]
     if ':' in name or timm.is_model(arch):
@@ -77,28 +77,27 @@ def check_model_name(name: str) -> None:
 
 
 def create_twin(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm's ``arch`` with BatchOut hooked in; what every ``batchout_<arch>`` calls.
+    """timm's ``arch`` with BatchOut; every ``batchout_<arch>`` calls this.
 
     Args:
         arch: The base architecture.
         pretrained: Load the weights of the base.
-        **kwargs: Fields of ``BatchOutConfig`` (``k``, ``eta``, ``noise``, ``sites``, ...) say what to hook in, and
-            where; the rest goes to the base.
+        **kwargs: Fields of ``BatchOutConfig`` (``k``, ``eta``, ``noise``, ``sites``, ...); the rest goes to the base.
 
     Raises:
-        ValueError: A value out of range, a net without sites, a pattern that matches none: before weights are loaded.
+        ValueError: A value out of range, a net without sites, a pattern that matches none; before weights are loaded.
     """
     config = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
     BatchOutConfig(**config)  # values out of range, before any work
     cfg = kwargs.get('pretrained_cfg')
     if isinstance(cfg, PretrainedCfg):
         cfg = cfg.to_dict()
-    if isinstance(cfg, dict):  # a cfg of the twin's own: what is saved from this net is the base's architecture
+    if isinstance(cfg, dict):  # the twin's own cfg: a net saved from this one has the base's architecture
         kwargs['pretrained_cfg'] = {**cfg, 'architecture': arch}
     create_base = model_entrypoint(arch)
     if is_scriptable():
-        # TorchScript cannot compile hooks. It is for inference, where BatchOut is the identity.
-        _logger.warning(f'{PREFIX}{arch} is made scriptable: BatchOut is left out, so do not train this one.')
+        # TorchScript cannot compile hooks. It serves inference, where BatchOut is the identity.
+        _logger.warning(f'{PREFIX}{arch} is made scriptable, without BatchOut. Do not train this one.')
         return create_base(pretrained=pretrained, **kwargs)
     if pretrained:
         _check_sites(create_base, kwargs, config)
@@ -108,25 +107,25 @@ def create_twin(arch: str, pretrained: bool = False, **kwargs: Any) -> nn.Module
 
 
 def _check_sites(create_base: Callable[..., nn.Module], kwargs: dict[str, Any], config: dict[str, Any]) -> None:
-    """Find bad sites before weights are downloaded, on a net of shapes without values."""
+    """Find bad sites before weights are downloaded, on a net without values (meta device)."""
     placement = {'device': 'meta'} if 'device' in kwargs else {}
     try:
         with torch.device('meta'):
             model = create_base(pretrained=False, **{**kwargs, **placement})
-    except Exception:  # a net that computes with values while it is built is checked once it is there
+    except Exception:  # a net that computes with values while it is built is checked afterwards
         return
     _hook(model, config)
 
 
 def depth_scaled_eta(sites: int, factor: float = 2.0) -> tuple[float, float]:
-    """The range of eta, from 0 up, at which so many sites together push ``factor`` times as much as the paper's net.
+    """The range of eta at which this many sites together push ``factor`` times as much as those of the paper's net.
 
     Pushes at different depths have independent directions, so their squares add: the total is the root of the sum of
     the mean squares of eta. For the paper's CIFAR-10 net (appendix, table 2: four sites up to 0.1, three up to 0.15)
     it is 0.19.
 
     Args:
-        sites: How many sites share that total.
+        sites: Number of sites that share that total.
         factor: 2 made a ResNet and a ViT more robust than 1, at the same clean accuracy (recipes/twins/RESULTS.md).
 
     Returns:
@@ -151,11 +150,11 @@ def _register(arch: str) -> str:
 
     name = PREFIX + arch
     twin.__name__ = twin.__qualname__ = name
-    twin.__doc__ = f"timm's {arch} with BatchOut hooked in: see ``create_twin`` for the arguments."
-    setattr(sys.modules[__name__], name, twin)  # where pickle looks a function up
+    twin.__doc__ = f"timm's {arch} with BatchOut; see ``create_twin`` for the arguments."
+    setattr(sys.modules[__name__], name, twin)  # where pickle looks up a function
     if arch in _model_default_cfgs:
         base: Any = _model_default_cfgs[arch]
-        # The registered cfgs name the base's Hub repository in full; those of the module may say 'timm/' only.
+        # The registered cfgs name the base's Hub repository in full; those of the module may contain 'timm/' only.
         cfgs = {tag: _model_pretrained_cfgs[f'{arch}.{tag}' if tag else arch] for tag in base.tags}
         default_cfgs[name] = DefaultCfg(base.tags, cfgs, base.is_pretrained)
     register_model(twin)
@@ -171,12 +170,12 @@ def _check_base_name(name: str) -> str:
 
 
 def _twin_of_a_twin(name: str) -> str:
-    return f'{name!r} has BatchOut already: there is no twin of a twin. Use {name!r} itself.'
+    return f'{name!r} already has BatchOut. Use {name!r} itself.'
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    hint = did_you_mean(name, names) or ' timm.list_models() lists all there are.'
-    return f'There is no model {name!r}.{hint}'
+    hint = did_you_mean(name, names) or ' timm.list_models() lists all models.'
+    return f'Unknown model {name!r}.{hint}'
 
 
 register_twins()

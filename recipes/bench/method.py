@@ -1,0 +1,184 @@
+"""What BatchOut and adversarial training cost, as ratios measured side by side in one run, into method.json.
+
+    python recipes/bench/method.py            about ten minutes on one idle core
+
+The candidates of each comparison take turns, and the medians of their times are compared: the layer with a copy of the
+same tensor, a training step of a twin with one of the plain net, an adversarial training step with a plain one.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_batchout import batchout, batchout_sites, gaussian_noise
+from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.training.config import ObjectiveConfig
+from timm_batchout.training.objectives import Objective
+
+RESULT = Path(__file__).with_name('method.json')
+SHAPES = {
+    'conv map 128x64x32x32': (128, 64, 32, 32),
+    'tokens 64x197x384': (64, 197, 384),
+    'features 128x512': (128, 512),
+}
+# A batch of m samples is read and written once, and n = m / 2 partners are read: 2.5 m; a copy moves 2 m. In place
+# only the augmented half moves: 1.5 m.
+FLOOR = {'new tensor': 1.25, 'in place': 0.75}
+STEPS = {  # model -> (batch size, image side)
+    'mnist_cnn': (128, 28),
+    'cifar_vgg': (128, 32),
+    'resnet18_cifar_w32': (128, 32),
+    'resnet18': (16, 160),
+    'vit_tiny_patch16_224': (16, 224),
+    'convnext_atto': (16, 160),
+}
+COMPILED = ('cifar_vgg', 'resnet18')
+OBJECTIVES = {
+    'FGSM, half of the batch': ObjectiveConfig('fgsm', epsilon=8 / 255),
+    'FGSM-RS': ObjectiveConfig('fgsm_rs', epsilon=8 / 255),
+    'N-FGSM': ObjectiveConfig('n_fgsm', epsilon=8 / 255),
+    'PGD, 5 steps': ObjectiveConfig('pgd', epsilon=8 / 255, steps=5),
+    'PGD, 10 steps': ObjectiveConfig('pgd', epsilon=8 / 255, steps=10),
+    'TRADES, 10 steps': ObjectiveConfig('trades', epsilon=8 / 255, steps=10),
+}
+
+
+def in_turns(candidates: dict[str, Callable[[], Any]], repeats: int, at_least: float = 0.005) -> dict[str, float]:
+    """Median seconds of each candidate. They take turns; short ones are repeated to fill ``at_least`` seconds."""
+    calls = {}
+    for name, candidate in candidates.items():
+        candidate()
+        started = time.perf_counter()
+        candidate()
+        calls[name] = max(1, round(at_least / max(time.perf_counter() - started, 1e-9)))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, candidate in candidates.items():
+            started = time.perf_counter()
+            for _ in range(calls[name]):
+                candidate()
+            seconds[name].append((time.perf_counter() - started) / calls[name])
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def layer(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str, float]:
+    """The share of the memory floor that ``batchout`` reaches, and the time of ``gaussian_noise`` relative to it."""
+    x = torch.rand(shape).to(dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    eta = (0.0, 0.1)
+    seconds = in_turns(
+        {
+            'copy': x.clone,
+            'new tensor': partial(batchout, x, eta=eta),
+            'in place': partial(batchout, x, eta=eta, inplace=True),
+            'gaussian': partial(gaussian_noise, x, eta=eta),
+            'normal draws': lambda: torch.randn_like(x[: len(x) // 2]),
+        },
+        repeats,
+    )
+    shares = {name: floor * seconds['copy'] / seconds[name] for name, floor in FLOOR.items()}
+    return {
+        'copy_seconds': seconds['copy'],
+        **{f'share_of_floor, {name}': round(share, 3) for name, share in shares.items()},
+        'gaussian_noise_over_batchout': round(seconds['gaussian'] / seconds['new tensor'], 2),
+        'normal_draws_over_batchout': round(seconds['normal draws'] / seconds['new tensor'], 2),
+    }
+
+
+def training_step(model: nn.Module, objective: Objective, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """Forward, loss, backward and an SGD step on the same batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        objective(model, images, labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def batch_of(model: nn.Module, size: int, side: int) -> tuple[Tensor, Tensor]:
+    channels = model.pretrained_cfg['input_size'][0]  # type: ignore[index]
+    images = torch.rand(size, channels, side, side).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(int(model.num_classes), (size,))  # type: ignore[arg-type]
+
+
+def create(name: str, side: int) -> nn.Module:
+    args = {'img_size': side} if 'vit' in name and side != 224 else {}
+    torch.manual_seed(0)
+    return timm.create_model(name, **args).to(memory_format=torch.channels_last)
+
+
+def twin(name: str, size: int, side: int, compiled: bool, repeats: int) -> dict[str, Any]:
+    """The time of a training step of ``batchout_<name>`` relative to one of ``name``."""
+    plain = Objective(ObjectiveConfig())
+    candidates = {}
+    for which in (name, f'batchout_{name}'):
+        model = create(which, side)
+        sites = len(batchout_sites(model))
+        images, labels = batch_of(model, size, side)
+        if compiled:
+            model.compile(backend='inductor')
+        candidates[which] = training_step(model, plain, images, labels)
+    seconds = in_turns(candidates, repeats)
+    ratio = seconds[f'batchout_{name}'] / seconds[name]
+    return {'batch': size, 'side': side, 'sites': sites, 'seconds': seconds[name], 'ratio': round(ratio, 3)}
+
+
+def objectives(name: str, size: int, side: int, repeats: int) -> dict[str, Any]:
+    """The time of an adversarial training step relative to a plain one, without and with BatchOut."""
+    nets = {'without': create(name, side), 'with': create(f'batchout_{name}', side)}
+    images, labels = batch_of(nets['without'], size, side)
+    steps = {
+        (title, which): training_step(
+            net, Objective(config, list(batchout_sites(net).values())), images, labels
+        )
+        for title, config in {'cross-entropy': ObjectiveConfig(), **OBJECTIVES}.items()
+        for which, net in nets.items()
+    }  # fmt: skip
+    seconds = in_turns({f'{title}|{which}': step for (title, which), step in steps.items()}, repeats)
+    plain = seconds['cross-entropy|without']
+    ratios = {
+        title: {f'{which}_batchout': round(seconds[f'{title}|{which}'] / plain, 2) for which in nets}
+        for title in ('cross-entropy', *OBJECTIVES)
+    }
+    return {'batch': size, 'seconds_of_a_plain_step': plain, 'ratios': ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--repeats', type=int, default=15)
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--output', type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {'environment': environment(), 'repeats': arguments.repeats}
+    report['layer'] = {
+        title: {
+            str(dtype).removeprefix('torch.'): layer(shape, dtype, 3 * arguments.repeats)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        for title, shape in SHAPES.items()
+    }
+    report['step'] = {name: twin(name, *size, False, arguments.repeats) for name, size in STEPS.items()}
+    report['compiled_step'] = {name: twin(name, *STEPS[name], True, arguments.repeats) for name in COMPILED}
+    report['objectives'] = {
+        name: objectives(name, *STEPS[name], max(3, arguments.repeats // 3)) for name in ('mnist_cnn', 'cifar_vgg')
+    }
+    write_atomically(arguments.output, json.dumps(report, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -221,7 +221,7 @@ def test_bad_sets(copy, digits, tmp_path, monkeypatch):
         load_data(unlabelled)
     with pytest.raises(ValueError, match='an image without a label'):
         list(TimmLoader(TimmSplit(unlabelled, 'train'), 1, CFG, classes=3))
-    with pytest.raises(ValueError, match=r'name a data\.val_split'):
+    with pytest.raises(ValueError, match=r'Set data\.val_split'):
         load_data(DataConfig('timm', str(digits / 'shards'), dataset='wds/'))
 
 

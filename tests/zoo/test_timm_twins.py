@@ -479,6 +479,8 @@ def test_the_walk_has_seen_every_architecture():
     unsound = {arch: survey.exceptions(record) for arch, record in known.items() if survey.exceptions(record)}
     stated = json.loads((TWINS / 'survey.json').read_text())['summary']['exceptions']
     assert unsound == stated
+    examined = [record for record in known.values() if record['device'] == 'cpu']
+    assert all(record[check] is True for record in examined for check in survey.CHECKS)
 
 
 @pytest.mark.slow

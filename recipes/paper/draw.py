@@ -5,13 +5,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from timm_batchout.drawing import pyplot, save_figure
 from timm_batchout.robustness.report import Variant
 from timm_batchout.robustness.tables import describe
+from timm_batchout.text import parse_radius
+from timm_batchout.zoo.pretrained import bundled_cards
 
 __all__ = ['by_label', 'curve', 'described', 'draw']
 
 Values = dict[str, list[float]]  # label of a net -> one value per seed
 Panel = Callable[[Any, dict[str, Any]], None]
+COLORS = {
+    'baseline': 'tab:gray',
+    'BatchOut': 'tab:blue',
+    'FGSM adversarial training': 'tab:orange',
+    'Gaussian noise': 'tab:green',
+}
 
 
 def described(score: dict[str, Any]) -> str:
@@ -36,36 +45,51 @@ def curve(figure: dict[str, Any], attack: str) -> dict[str, Values]:
 
 
 def draw(figure: dict[str, Any], path: Path) -> None:
-    """Write one figure of the paper (the JSON of ``Paper.measure``) as .svg or .png."""
-    import matplotlib
+    """Write one figure of the paper (the JSON of ``Paper.measure``) as .svg or .png.
 
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'timm-batchout'  # the same numbers draw the same file
-    from matplotlib import pyplot as plt
-
+    Nets whose published weights the audit found masked are dashed: their accuracy is overstated.
+    """
     panels = PANELS[figure['figure']]
-    canvas, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    canvas, axes = pyplot().subplots(
+        1, len(panels), figsize=(max(5.4, 4.2 * len(panels)), 4.0), squeeze=False, layout='constrained'
+    )
     for ax, panel in zip(axes[0], panels, strict=True):
         panel(ax, figure)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize='small')
-    seeds = sorted({net['seed'] for net in figure['nets']})
-    canvas.suptitle(f'{figure["title"]}: {figure["nets"][0]["data"]}, seeds {", ".join(map(str, seeds))}')
-    canvas.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, metadata={'Date': None} if path.suffix == '.svg' else None)
-    plt.close(canvas)
+    lines = {line.get_label(): line for ax in axes[0] for line in ax.get_lines()}
+    canvas.legend(handles=lines.values(), loc='outside lower center', ncols=3, fontsize='small')
+    data, seeds = figure['nets'][0]['data'], sorted({net['seed'] for net in figure['nets']})
+    name = data.partition(' ')[0]
+    title = figure['title'].replace(name, data) if name in figure['title'] else f'{figure["title"]}, {data}'
+    canvas.suptitle(f'{title}, seed{"s" * (len(seeds) > 1)} {", ".join(map(str, seeds))}', fontsize='medium', wrap=True)
+    save_figure(canvas, path)
 
 
-def _band(ax: Any, xs: Sequence[Any], values: Sequence[Sequence[float]], label: str) -> None:
-    (line,) = ax.plot(xs, [mean(v) for v in values], marker='.', label=label)
+def masked(figure: dict[str, Any]) -> set[str]:
+    """Labels of the nets that are trained like published ones whose audit found gradient masking."""
+    if figure['figure'] == '2-sgd':  # trained otherwise, and not audited
+        return set()
+    data = figure['nets'][0]['data'].partition(' ')[0].lower().replace('-', '')
+    suspected = [name for name, card in bundled_cards().items() if card['report']['audit']['suspicions']]
+    return {'FGSM adversarial training'} if any(name.endswith(f'.fgsm_at_{data}') for name in suspected) else set()
+
+
+def _band(ax: Any, xs: Sequence[float], values: Sequence[Sequence[float]], label: str, dashed: bool = False) -> None:
+    """The mean over seeds, and the range from lowest to highest."""
+    style = {'color': COLORS.get(label), 'linestyle': '--' if dashed else '-'}
+    (line,) = ax.plot(
+        xs, [mean(v) for v in values], marker='.', label=f'{label} (masked)' if dashed else label, **style
+    )
     ax.fill_between(xs, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.2)
 
 
 def _over_epsilon(ax: Any, figure: dict[str, Any]) -> None:
     clean, attacked = by_label(figure, 'clean'), curve(figure, 'fgsm')
+    xs = [0.0, *(parse_radius(radius) for radius in attacked)]
     for label in clean:
-        _band(ax, ['0', *attacked], [clean[label], *(values[label] for values in attacked.values())], label)
+        ys = [clean[label], *(values[label] for values in attacked.values())]
+        _band(ax, xs, ys, label, label in masked(figure))
+    ax.set_xticks(xs, ['0', *attacked], fontsize='small')
     ax.set(xlabel='FGSM, epsilon in [0, 1] pixels', ylabel='accuracy, %', ylim=(0, 100))
 
 
@@ -73,7 +97,8 @@ def _over_iterations(attack: str, name: str) -> Panel:
     def panel(ax: Any, figure: dict[str, Any]) -> None:
         attacked = curve(figure, attack)
         for label in by_label(figure, 'clean'):
-            _band(ax, range(1, len(attacked) + 1), [values[label] for values in attacked.values()], label)
+            ys = [values[label] for values in attacked.values()]
+            _band(ax, range(1, len(attacked) + 1), ys, label, label in masked(figure))
         ax.set(xlabel=f'{name}, iterations', ylabel='accuracy, %', ylim=(0, 100))
 
     return panel
@@ -89,17 +114,22 @@ def _loss(ax: Any, figure: dict[str, Any]) -> None:
     ax.set(xlabel='epoch', ylabel='training loss', ylim=(0, None))
 
 
-def _over_nets(ax: Any, figure: dict[str, Any]) -> None:
-    """Clean and attacked accuracy, one net beside the other."""
-    _band(ax, *_columns(by_label(figure, 'clean')), 'clean')
-    for epsilon, values in curve(figure, 'fgsm').items():
-        _band(ax, *_columns(values), f'FGSM {epsilon}')
-    ax.set(xlabel='share k' if figure['figure'] == '5a' else 'BatchOut at', ylabel='accuracy, %', ylim=(0, 100))
-    ax.tick_params(axis='x', labelrotation=0 if figure['figure'] == '5a' else 30)
+def _of_each_net(attack: str) -> Panel:
+    """Every seed of one net beside those of the others, on an axis that fits them."""
 
+    def panel(ax: Any, figure: dict[str, Any]) -> None:
+        shares = figure['figure'] == '5a'
+        variant, values = next(iter(curve(figure, attack).items()))
+        xs = [float(label) for label in values] if shares else list(range(len(values)))
+        means = [mean(v) for v in values.values()]
+        ax.plot(xs, means, '-' if shares else '_', color=COLORS['BatchOut'], markersize=14, label='mean of seeds')
+        dots = [(x, y) for x, ys in zip(xs, values.values(), strict=True) for y in ys]
+        ax.plot(*zip(*dots, strict=True), 'o', color=COLORS['BatchOut'], alpha=0.4, markersize=4, label='one seed')
+        ax.set_xticks(xs, list(values), rotation=0 if shares else 30, fontsize='small')
+        name = 'clean' if attack == 'clean' else f'FGSM {variant}'
+        ax.set(xlabel='share k' if shares else 'BatchOut at', ylabel=f'accuracy, {name}, %')
 
-def _columns(values: Values) -> tuple[list[str], list[list[float]]]:
-    return list(values), list(values.values())
+    return panel
 
 
 OF_THREE_NETS = (
@@ -107,12 +137,13 @@ OF_THREE_NETS = (
     _over_iterations('deepfool', 'DeepFool, clipped to [0, 1]'),
     _over_iterations('deepfool_unclipped', 'DeepFool, not clipped'),
 )
+OF_EACH_NET = (_of_each_net('clean'), _of_each_net('fgsm'))
 PANELS: dict[str, tuple[Panel, ...]] = {
     '2': OF_THREE_NETS,
     '2-sgd': OF_THREE_NETS,
     '3': OF_THREE_NETS,
     '4a': (_loss,),
-    '4b': (_over_nets,),
-    '5a': (_over_nets,),
+    '4b': OF_EACH_NET,
+    '5a': OF_EACH_NET,
     '5b': (_over_epsilon,),
 }

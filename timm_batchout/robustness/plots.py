@@ -1,16 +1,14 @@
 """Curves of robust accuracy over the radius, one per model."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from timm_batchout.provenance import write_atomically
+from timm_batchout.drawing import pyplot, save_figure
 from timm_batchout.robustness.report import Report, Variant
 from timm_batchout.robustness.tables import TITLES, attack_title
 from timm_batchout.text import format_radius
 
-__all__ = ['draw_curves', 'pyplot', 'save_figure']
+__all__ = ['draw_curves']
 
 COLUMNS = 3  # more in a row cannot be read on a page
 ITERATED = ('deepfool', 'deepfool_unclipped')  # over iterations, not radii
@@ -74,27 +72,6 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
         lines.append(Line2D([], [], color='gray', linestyle='--', label='dashed: gradients masked, overstated'))
     figure.legend(handles=lines, loc='outside upper center', ncols=columns)
     save_figure(figure, Path(path))
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot, set up to draw to files only, and reproducibly."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    matplotlib.rcParams['svg.hashsalt'] = 'timm-batchout'
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, and close it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = io.BytesIO()
-    kind = path.suffix.lstrip('.') or 'png'
-    figure.savefig(drawn, format=kind, metadata={'Date': None} if kind == 'svg' else None)
-    write_atomically(path, drawn.getvalue())  # a link is replaced, not written through
-    pyplot().close(figure)
 
 
 def _variants(reports: Sequence[Report], attack: str) -> dict[Variant, float]:

@@ -194,3 +194,17 @@ def test_links_are_replaced_and_files_are_not_taken_for_folders(tmp_path, capsys
     arguments = [BASELINE, '--report', str(FOLDER / f'{BASELINE}.json'), '--cards', str(tmp_path), '--dry-run']
     assert main(['publish', *arguments, '--repo', 'me/target']) == 2
     assert 'is a file in the place of the card of me/target' in capsys.readouterr().err
+
+
+def test_a_picture_of_examples_is_shown_and_taken_away_again(tmp_path):
+    picture = tmp_path / 'grid.png'
+    picture.write_bytes(b'a picture')
+    staged = staged_baseline(tmp_path / 'cards', examples=picture)
+    assert '](examples.png)' in (staged.folder / 'README.md').read_text()
+    assert staged.files()['examples.png'].read_bytes() == b'a picture'
+    again = staged_baseline(tmp_path / 'cards')
+    assert 'examples.png' not in (again.folder / 'README.md').read_text() and 'examples.png' not in again.files()
+    for wrong in (tmp_path / 'missing.png', FOLDER / f'{BASELINE}.json'):
+        with pytest.raises(ValueError, match=r'is not a \.png file'):
+            staged_baseline(tmp_path / 'new', examples=wrong)
+    assert not (tmp_path / 'new').exists()

@@ -43,6 +43,17 @@ def finished(tmp_path_factory):
     return output
 
 
+def test_quiet_prints_nothing_and_changes_nothing(finished, tmp_path, capfd):
+    assert run(tmp_path / 'quiet', '--epochs', '4', '--optimizer.lr', '2e-3', '--quiet') == 0
+    assert ''.join(capfd.readouterr()) == ''
+    assert lines(tmp_path / 'quiet') == lines(finished)
+    model = str(tmp_path / 'quiet' / 'model.safetensors')
+    command = ['evaluate', 'mnist_cnn', '--checkpoint', model, '--data.name', 'digits', '--images', '20', '--quiet']
+    assert main([*command, '--audit', 'false', '--output', str(tmp_path / 'report.json')]) == 0
+    assert main([*command, '--audit', 'false', '--expect', str(tmp_path / 'report.json')]) == 0
+    assert ''.join(capfd.readouterr()) == ''
+
+
 def lines(output):
     timing = ('seconds', 'images_per_second')
     records = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]

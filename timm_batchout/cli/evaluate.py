@@ -37,6 +37,7 @@ class EvaluateConfig:
         expect: An earlier report on these weights: print the differences, and exit with 1 if there are any.
         figure: Draw accuracy over the radius to this file (.svg, .png).
         examples: Draw images, their PGD perturbations at the largest of eps, and the predictions to this file (.png).
+        quiet: Print nothing but errors and, with --expect, the differences.
         resume: Continue an interrupted evaluation with the same settings; false: start again.
     """
 
@@ -58,6 +59,7 @@ class EvaluateConfig:
     expect: str = ''
     figure: str = ''
     examples: str = ''
+    quiet: bool = False
     resume: bool = True
 
 
@@ -103,7 +105,7 @@ def run(config: EvaluateConfig) -> int:
             rank=state.process_index,
             world_size=state.num_processes,
             wait=state.wait_for_everyone,
-            progress=True,
+            progress=not config.quiet,
         )
     except KeyboardInterrupt as error:
         if config.output:
@@ -113,7 +115,8 @@ def run(config: EvaluateConfig) -> int:
         raise KeyboardInterrupt('interrupted. Add an --output to save finished chunks.') from error
     state.wait_for_everyone()  # all have read the chunks
     if state.is_main_process:
-        print(table(report))
+        if not config.quiet:
+            print(table(report))
         if config.output:
             report.save(config.output)
             chunks.discard()
@@ -128,7 +131,10 @@ def run(config: EvaluateConfig) -> int:
     if expected:
         different = differences(report, expected)
         if state.is_main_process:
-            print('\n'.join(['Differs from the expected report:', *different]) if different else 'As expected.')
+            if different:
+                print('\n'.join(['Differs from the expected report:', *different]))
+            elif not config.quiet:
+                print('As expected.')
         return int(bool(different))
     return 0
 

@@ -27,6 +27,7 @@ class PublishConfig:
         model_args: Keyword arguments for ``timm.create_model``.
         cards: Folder of all cards.
         license: Licence of the weights: mit, apache-2.0, ...; by default that of the architecture's weights in timm.
+        examples: A picture that `evaluate --examples` drew, to show in the card.
         private: Create the repository as a private one; an existing public one is refused.
         dry_run: Stage and show the files, and push nothing.
     """
@@ -41,6 +42,7 @@ class PublishConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     cards: str = 'hub_cards'
     license: str = ''
+    examples: str = ''
     private: bool = False
     dry_run: bool = False
 
@@ -52,7 +54,7 @@ def run(config: PublishConfig) -> int:
 
     if config.all == bool(config.model):
         raise ValueError('Name one model to publish, or --all.')
-    of_one = ('repo', 'report', 'checkpoint', 'run', 'twin', 'model_args')
+    of_one = ('repo', 'report', 'checkpoint', 'run', 'twin', 'model_args', 'examples')
     given = [f'--{name}' for name in of_one if getattr(config, name)]
     if config.all and given:
         raise ValueError(f'{", ".join(given)} cannot be combined with --all.')
@@ -77,7 +79,7 @@ def run(config: PublishConfig) -> int:
     staged = [
         stage(
             name, file, reports[report], run, gallery, config.repo, reports.get(twin), config.model_args, nets,
-            config.license,
+            config.license, config.examples,
         )
         for name, file, run, report, twin in todo
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from timm_batchout.robustness.report import Report, Score
 from timm_batchout.robustness.tables import attack_title, compare, describe, title
 from timm_batchout.text import format_radius
 
-__all__ = ['CARD_HASH', 'Entry', 'card_hash', 'make_card', 'summary', 'templates', 'with_own_section']
+__all__ = ['CARD_HASH', 'EXAMPLES', 'Entry', 'card_hash', 'make_card', 'summary', 'templates', 'with_own_section']
 
 DATASETS = {'MNIST': 'ylecun/mnist', 'CIFAR-10': 'uoft-cs/cifar10'}  # on the Hub, by the first word of our data label
 CARD_HASH = 'card_sha256'  # in config.json: hash of the card as it was written
@@ -27,6 +27,7 @@ LICENSES = {  # in the Hub's list; any other is 'other' there, with a name
     'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'gpl-3.0', 'lgpl-3.0', 'agpl-3.0', 'mpl-2.0', 'unlicense',
     'openrail', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0', 'cc-by-nc-sa-4.0', 'unknown',
 }  # fmt: skip
+EXAMPLES = 'examples.png'  # the picture of adversarial images, if there is one
 VERSIONS = ('python', 'timm-batchout', 'torch', 'timm')  # shown for the evaluation
 JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of the bundled CIFAR-10 weights
 
@@ -44,6 +45,7 @@ class Entry:
         sha256: Hash of the weights file.
         twin: The report of the same net without defence; None if there is none.
         nets: Names of nets by the ``weights_sha256`` of their reports, to name the nets that transferred images.
+        examples: Whether the repository has a picture of adversarial images.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Entry:
     sha256: str
     twin: Report | None = None
     nets: dict[str, str] = field(default_factory=dict)
+    examples: bool = False
 
     @property
     def architecture(self) -> str:
@@ -129,6 +132,7 @@ def make_card(entry: Entry) -> ModelCard:
             crafted=_crafted(entry),
             audit=report.audit if report.audit and report.audit.pgd else None,
             curves=entry.has_curves,
+            examples=EXAMPLES if entry.examples else '',
             run=run,
             train_share=f'{1 - entry.recipe["data"].get("val_fraction", 0):.0%}' if 'data' in entry.recipe else '',
             jpeg=report.data == JPEG,

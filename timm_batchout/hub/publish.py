@@ -16,7 +16,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import timm_batchout.zoo.register  # noqa: F401
-from timm_batchout.hub.card import CARD_HASH, Entry, card_hash, make_card, with_own_section
+from timm_batchout.hub.card import CARD_HASH, EXAMPLES, Entry, card_hash, make_card, with_own_section
 from timm_batchout.hub.privacy import publishable, redacted
 from timm_batchout.layer import BatchOutConfig
 from timm_batchout.provenance import write_atomically
@@ -28,7 +28,13 @@ from timm_batchout.zoo.pretrained import FOLDER, NAMESPACE, WEIGHTS, bundled_car
 
 __all__ = ['Staged', 'bundled', 'publish', 'push', 'stage']
 
-CARD_FILES = ('README.md', 'config.json', 'results.json', 'curves.svg')  # nothing else in the folder is uploaded
+CARD_FILES = (
+    'README.md',
+    'config.json',
+    'results.json',
+    'curves.svg',
+    EXAMPLES,
+)  # nothing else in the folder is uploaded
 TRIES = 3  # if others push to the same repository at the same time
 
 
@@ -69,6 +75,7 @@ def publish(
     twin: Report | None = None,
     cards: str | Path = 'hub_cards',
     license: str = '',
+    examples: str | Path = '',
     private: bool = False,
     dry_run: bool = False,
 ) -> list[str]:
@@ -82,6 +89,7 @@ def publish(
         twin: The report of the same net without defence, for comparison.
         cards: Folder of all cards; this card is staged in a folder of its own inside.
         license: Licence of the weights; '': that of the architecture's weights in timm.
+        examples: A picture that ``evaluate --examples`` drew, to show in the card.
         private: Create the repository as a private one.
         dry_run: Stage the card and push nothing.
 
@@ -101,7 +109,7 @@ def publish(
     with TemporaryDirectory() as folder:
         weights = Path(folder) / WEIGHTS
         weights.write_bytes(as_safetensors(model.state_dict()))
-        staged = stage_net(model, weights, report, result, Path(cards), repo, twin, license=license)
+        staged = stage_net(model, weights, report, result, Path(cards), repo, twin, license=license, examples=examples)
         return [] if dry_run else push(staged, private)
 
 
@@ -116,6 +124,7 @@ def stage(
     model_args: dict[str, Any] | None = None,
     nets: dict[str, str] | None = None,
     license: str = '',
+    examples: str | Path = '',
 ) -> Staged:
     """Write a repository without its weights to ``cards/NAME``, without local paths.
 
@@ -130,6 +139,7 @@ def stage(
         model_args: Arguments of the architecture, e.g. ``num_classes``.
         nets: Names of nets by the ``weights_sha256`` of their reports, to name the nets that transferred images.
         license: Licence of the weights; '': that of the architecture's weights in timm, or 'unknown'.
+        examples: A picture that ``evaluate --examples`` drew, to show in the card.
 
     Raises:
         ValueError: Weights that are not safetensors, a report on other weights, a name that the Hub does not allow; a
@@ -141,7 +151,7 @@ def stage(
     _check_repo(repo)
     net = _plain(model, weights, model_args or {})
     trained_with = run.get('recipe', {}).get('model', model)
-    return stage_net(net, weights, report, run, cards, repo, twin, nets, trained_with, license)
+    return stage_net(net, weights, report, run, cards, repo, twin, nets, trained_with, license, examples)
 
 
 def stage_net(
@@ -155,11 +165,16 @@ def stage_net(
     nets: dict[str, str] | None = None,
     trained_with: str = '',
     license: str = '',
+    examples: str | Path = '',
 ) -> Staged:
     """``stage`` for an existing net whose state_dict is in the file ``weights``."""
     _check_repo(repo)
     if weights_sha256(net) != report.weights_sha256:
         raise ValueError(f'The report is on other weights than {str(weights)!r}. Evaluate these first.')
+    if examples and (Path(examples).suffix != '.png' or not Path(examples).is_file()):
+        raise ValueError(
+            f'examples {str(examples)!r} is not a .png file. Draw one with `evaluate --examples grid.png`.'
+        )
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = cards / repo.split('/')[1]
     if folder.exists() and not folder.is_dir():
@@ -171,7 +186,7 @@ def stage_net(
     config = _config(net, report.preprocessing, run.get('class_names') or [], license)
     entry = Entry(
         folder.name, repo, {**config, 'sha256': digest, 'trained_with': trained_with}, report, run, digest, twin,
-        nets or {},
+        nets or {}, bool(examples),
     )  # fmt: skip
     text = make_card(entry).content
     known = _text(folder / 'README.md'), _json(folder / 'config.json')
@@ -185,6 +200,10 @@ def stage_net(
         draw_curves([report, *([twin] if twin else [])], folder / 'curves.svg')
     else:
         (folder / 'curves.svg').unlink(missing_ok=True)  # of an earlier report
+    if examples:
+        write_atomically(folder / EXAMPLES, Path(examples).read_bytes())
+    else:
+        (folder / EXAMPLES).unlink(missing_ok=True)
     write_atomically(folder / 'README.md', card)
     return Staged(repo, folder, weights)
 

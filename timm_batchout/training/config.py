@@ -13,6 +13,7 @@ import yaml
 from timm_batchout.data.config import AugmentConfig, DataConfig
 
 __all__ = [
+    'METRICS',
     'CheckpointConfig',
     'ObjectiveConfig',
     'OptimizerConfig',
@@ -20,6 +21,8 @@ __all__ = [
     'ScheduleConfig',
     'TrainConfig',
 ]
+
+METRICS = 'metrics.jsonl'  # in a run folder: a record for each epoch
 
 
 @dataclass
@@ -156,6 +159,7 @@ class TrainConfig:
         compile: Backend of torch.compile, e.g. 'inductor'. Empty: eager.
         non_finite: On a NaN or infinite loss, 'stop' the run or 'skip' the step.
         checkpoint: Checkpoints to resume from.
+        quiet: Print nothing but errors.
         trackers: Accelerate's trackers to log to, by name: tensorboard, trackio, wandb, ...
         resume: Continue from the newest intact checkpoint in ``output``. 'auto': start a new run if there is none.
         allow_changes: Resume even if the recipe differs from the checkpoint's.
@@ -184,6 +188,7 @@ class TrainConfig:
     compile: str = ''
     non_finite: Literal['stop', 'skip'] = 'stop'
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    quiet: bool = False
     trackers: list[str] = field(default_factory=list)
     resume: bool | Literal['auto'] = False
     allow_changes: bool = False
@@ -191,7 +196,8 @@ class TrainConfig:
 
     # Fields about how a run is launched. Runs that differ only in these are the same run.
     LAUNCH: ClassVar[tuple[str, ...]] = (
-        'output', 'resume', 'allow_changes', 'dry_run', 'trackers', 'data.root', 'data.download', 'data.workers',
+        'output', 'resume', 'allow_changes', 'dry_run', 'quiet', 'trackers', 'data.root', 'data.download',
+        'data.workers',
     )  # fmt: skip
 
     def validate(self) -> None:

@@ -78,7 +78,8 @@ def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **
             raise
         print(f'The data cannot be read, so the input size is that of the model: {error}')
         return _describe(*_create_model(config, 0, accelerator.is_main_process), None)
-    config, model = _create_model(config, splits[0].classes, accelerator.is_main_process)
+    say = accelerator.is_main_process and not config.quiet
+    config, model = _create_model(config, splits[0].classes, say)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     _check_fit(config, model, splits[0])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from timm_batchout.provenance import free_space, write_atomically
 from timm_batchout.training.checkpoints import CHECKPOINTS, newest_checkpoint
-from timm_batchout.training.config import TrainConfig
+from timm_batchout.training.config import METRICS, TrainConfig
 from timm_batchout.zoo.checkpoint import as_safetensors
 
 __all__ = ['MARK', 'RECIPE', 'RunFolder', 'recipe_changes']
@@ -97,7 +97,7 @@ class RunFolder:
         write_atomically(self.path / RECIPE, config.to_yaml())
 
     def write_metrics(self, metrics: list[dict[str, Any]]) -> None:
-        write_atomically(self.path / 'metrics.jsonl', ''.join(json.dumps(record) + '\n' for record in metrics))
+        write_atomically(self.path / METRICS, ''.join(json.dumps(record) + '\n' for record in metrics))
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_atomically(self.path / 'result.json', json.dumps(result, indent=2) + '\n')

@@ -135,7 +135,8 @@ class Trainer:
             f'epoch {self.progress.epoch + 1}/{self.config.epochs}',
             total=len(self.loader),
             initial=self.progress.step,
-            disable=None if self.accelerator.is_local_main_process else True,  # None: shown on a terminal only
+            # None: shown on a terminal only
+            disable=None if self.accelerator.is_local_main_process and not self.config.quiet else True,
             leave=False,
             mininterval=1.0,
             unit=' images',
@@ -285,7 +286,11 @@ class Trainer:
         metrics = self.progress.metrics
         left = (self.config.epochs - record['epoch']) * sum(r['seconds'] for r in metrics) / len(metrics)
         line += f'{record["images_per_second"]:.0f} images/s'
-        tqdm.write(line + (f'  {timedelta(seconds=round(left))} left' if left else ''))
+        self._say(line + (f'  {timedelta(seconds=round(left))} left' if left else ''))
+
+    def _say(self, line: str) -> None:
+        if not self.config.quiet:
+            tqdm.write(line)
 
     def _all_losses(self) -> Tensor:
         """The losses of all processes in this epoch, (processes, forwards)."""
@@ -319,7 +324,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.write_result(result)
             accuracy = f'{test["test_accuracy"]:.4f} ({test["test_correct"]}/{test["test_n"]})'
-            tqdm.write(f'test accuracy {accuracy} -> {self.output}')
+            self._say(f'test accuracy {accuracy} -> {self.output}')
         return result
 
     def _write_weights(self, name: str) -> str:

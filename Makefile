@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test coverage test-slow quality style wheel clean
+.PHONY: demo test coverage test-slow quality style docs wheel clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,10 @@ quality: .venv/installed
 style: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --config-file .docs/mkdocs.yml
+	@echo 'The site is in build/docs.'
 
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel --outdir dist

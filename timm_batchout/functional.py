@@ -91,7 +91,7 @@ def gaussian_noise(
 ) -> Tensor:
     """The paper's random baseline (Eq. 5): ``x_j + eta * ||x_j||_2 * n / ||n||_2`` with ``n ~ N(0, I)``.
 
-    Arguments, result and errors are those of :func:`batchout`; only the direction of the push differs.
+    Arguments, result and errors are those of ``batchout``; only the direction of the push differs.
     """
     n = _num_augmented(x, k, eta, training, select)
     if n == 0:

@@ -80,13 +80,12 @@ def _as_number(value: Any) -> Any:
 
 
 class BatchOut(nn.Module):
-    """BatchOut as a layer, placed before an activation; :func:`timm_batchout.add_batchout` hooks it into any net.
+    """BatchOut as a layer, placed before an activation; ``timm_batchout.add_batchout`` hooks it into any net.
 
     It has no parameters and no state_dict entries. Its magnitude lives in two 0-d float32 CPU tensors, so that
     ``set_eta`` (a warm-up, say) does not recompile a compiled net and ``model.half()`` does not round it.
 
-    Args:
-        k, eta, noise, per_sample, select, stop_gradient: See :class:`BatchOutConfig`; eta is a number or a pair.
+    Arguments are those of ``BatchOutConfig``; ``eta`` is a number or a pair.
 
     Shape:
         (m, ...) to (m, ...), same dtype, device and strides.

@@ -252,7 +252,7 @@ class PGD(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class PGDL2(PGD):
-    """:class:`PGD` in L2."""
+    """``PGD`` in L2."""
 
     name = 'pgd_l2'
     norm = 'L2'
@@ -260,7 +260,7 @@ class PGDL2(PGD):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(PGD):
-    """:class:`PGD` images crafted on another model and scored on this one."""
+    """``PGD`` images crafted on another model and scored on this one."""
 
     name = 'transfer'
     loss = ''
@@ -300,7 +300,7 @@ class DeepFool(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class DeepFoolUnclipped(DeepFool):
-    """:class:`DeepFool` whose iterates may leave [0, 1], as in the method's original code."""
+    """``DeepFool`` whose iterates may leave [0, 1], as in the method's original code."""
 
     name = 'deepfool_unclipped'
     clip = False
@@ -381,7 +381,7 @@ class AutoAttack(Attack):
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttackL2(AutoAttack):
-    """:class:`AutoAttack` in L2."""
+    """``AutoAttack`` in L2."""
 
     name = 'autoattack_l2'
     norm = 'L2'

@@ -75,10 +75,11 @@ def evaluate(
         audit: Check for gradient masking, and mark the scores it spoils.
         batch_size: Images per chunk.
         seed: Seed of the draw and of the attacks.
-        name, data: Names of the model and the data in the report. Default for the model: its timm architecture, else
-            its class.
+        name: Name of the model in the report; default: its timm architecture, else its class.
+        data: Name of the data in the report.
         chunks: Where finished chunks are kept, for an interrupted evaluation to resume from; None: in memory only.
-        rank, world_size: This process takes every world_size-th chunk; ``chunks`` must be shared.
+        rank: This process takes every ``world_size``-th chunk, starting at this one.
+        world_size: Number of processes, which must share ``chunks``.
         wait: Returns when all processes have called it.
         progress: Show a progress bar.
 

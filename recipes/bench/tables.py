@@ -1,4 +1,4 @@
-"""README.md of this folder, from training.json and evaluation.json: python recipes/bench/tables.py"""
+"""README.md of this folder, from the JSON beside it: python recipes/bench/tables.py"""
 
 import json
 from pathlib import Path
@@ -35,9 +35,9 @@ def training(report: dict[str, Any]) -> list[str]:
     return [
         *rows,
         '',
-        'Where next to nothing of our time is other than arithmetic, no loop can be faster on these cores; a negative '
-        'share is the noise of the machine, which was not idle. '
-        f'A checkpoint and a line of metrics each epoch take {share:.2%} of an epoch of CIFAR-10.',
+        'Where nearly all of our time is arithmetic, no loop can be faster on these cores; a negative share is the '
+        'noise of the machine, which was not idle. '
+        f'A checkpoint and a line of metrics per epoch take {share:.2%} of an epoch of CIFAR-10.',
         '',
     ]
 
@@ -47,7 +47,7 @@ def evaluation(report: dict[str, Any]) -> list[str]:
         '## Evaluation',
         '',
         f'`evaluation.py`: `{report["model"]}`, {report["n"]} images, {report["environment"]["cpu_threads"]} thread '
-        f'({report["environment"]["hardware"]}); both sides leave the same images right.',
+        f'({report["environment"]["hardware"]}). Both sides leave the same images right.',
         '',
         '| | seconds | the library by hand | ratio |',
         '|---|---|---|---|',
@@ -58,9 +58,60 @@ def evaluation(report: dict[str, Any]) -> list[str]:
     return [*rows, '']
 
 
+def method(report: dict[str, Any]) -> list[str]:
+    """The layer against a copy, a training step of a twin against one of the plain net, and adversarial training."""
+    environment = report['environment']
+    lines = [
+        '## BatchOut',
+        '',
+        f'`method.py`: {environment["cpu_threads"]} thread ({environment["hardware"]}), torch {environment["torch"]}; '
+        f'candidates take turns, medians of {report["repeats"]} or more repeats.',
+        '',
+        'A training step (forward, loss, backward, SGD) of the twin, relative to the same step of the plain net:',
+        '',
+        '| net | batch | sites | eager | compiled (inductor) |',
+        '|---|---|---|---|---|',
+    ]
+    for name, step in report['step'].items():
+        compiled = report['compiled_step'].get(name)
+        size = f'{step["batch"]} x {step["side"]}x{step["side"]}'
+        ratio = f'{compiled["ratio"]:.2f}' if compiled else ''
+        lines.append(f'| `{name}` | {size} | {step["sites"]} | {step["ratio"]:.2f} | {ratio} |')
+    lines += [
+        '',
+        'The layer alone. The floor is the time to read and write the batch once and to read the partners, at the '
+        'speed of `tensor.clone()`; in place, only the augmented half moves. `gaussian_noise` also draws normals:',
+        '',
+        '| tensor | dtype | of the floor: new tensor | in place | `gaussian_noise` / `batchout` | normal draws |',
+        '|---|---|---|---|---|---|',
+    ]
+    for title, by_dtype in report['layer'].items():
+        for dtype, values in by_dtype.items():
+            shares = ' | '.join(f'{values[f"share_of_floor, {how}"]:.0%}' for how in ('new tensor', 'in place'))
+            noise = values['gaussian_noise_over_batchout'], values['normal_draws_over_batchout']
+            lines.append(f'| {title} | {dtype} | {shares} | {noise[0]:.1f} | {noise[1]:.1f} |')
+    return [*lines, '', *adversarial(report)]
+
+
+def adversarial(report: dict[str, Any]) -> list[str]:
+    """A table of the cost of adversarial training."""
+    nets = report['objectives']
+    heads = [f'`{name}`{" with BatchOut" * which}' for name in nets for which in (False, True)]
+    lines = [
+        'A training step of each objective, relative to plain training without BatchOut:',
+        '',
+        f'| objective | {" | ".join(heads)} |',
+        '|---' * (len(heads) + 1) + '|',
+    ]
+    for title in next(iter(nets.values()))['ratios']:
+        ratios = [net['ratios'][title][f'{which}_batchout'] for net in nets.values() for which in ('without', 'with')]
+        lines.append(f'| {title} | {" | ".join(f"{ratio:.1f}" for ratio in ratios)} |')
+    return [*lines, '']
+
+
 def main() -> None:
-    lines = ['# How fast', '', 'Written by `tables.py` from the JSON beside it.', '']
-    for write in (training, evaluation):
+    lines = ['# Speed', '', 'Written by `tables.py` from the JSON beside it.', '']
+    for write in (method, training, evaluation):
         lines += write(json.loads((HERE / f'{write.__name__}.json').read_text()))
     write_atomically(HERE / 'README.md', '\n'.join(lines))
 

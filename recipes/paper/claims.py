@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from draw import Values, by_label, curve, described
+from scipy.stats import t as student_t
 
 from timm_batchout.robustness.report import Report
 from timm_batchout.robustness.tables import attack_title
@@ -18,33 +19,31 @@ __all__ = ['over_seeds', 'results']
 Figure = dict[str, Any]
 HEADS = {'fgsm': 'FGSM', 'deepfool': 'DeepFool', 'deepfool_unclipped': 'DeepFool, not clipped,'}
 PAPER = {'2': ('99.47', '99.31', '99.12'), '3': ('80.22', '80.01', '80.79')}  # clean accuracy, sections 6.2 and 6.3
-# 97.5% quantiles of Student's t for 1, 2, ... 10 degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 BASELINE, FGSM_AT, BATCHOUT = 'baseline', 'FGSM adversarial training', 'BatchOut'
 
 
 def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants: Sequence[Report] = ()) -> str:
-    """RESULTS.md, but for what people write under it.
+    """RESULTS.md, except for its hand-written conclusion.
 
     Args:
-        figures: By name, what ``Paper.measure`` gave.
-        reports: Of the bundled weights.
-        variants: Of nets that were trained otherwise than by the recipes, evaluated from their run folders.
+        figures: Results of ``Paper.measure``, by name.
+        reports: Reports on the bundled weights.
+        variants: Reports on nets trained with other settings, evaluated from their run folders.
     """
     lines = [
-        '# The paper again: its figures, its claims',
+        '# Reproducing the paper',
         '',
-        'Written by `timm-batchout reproduce` from the JSON files beside it. Accuracies are percentages, the mean over '
-        'seeds ± the standard deviation where there are several.',
+        'Written by `reproduce.py` from the JSON files beside it. Accuracies are percentages: the mean over seeds, and '
+        'the standard deviation if there are several.',
         '',
         *_clean(figures),
         '## Claims',
         '',
-        'Every claim is a list of comparisons ("BatchOut is above the baseline at epsilon 0.1"). One counts as yes or '
-        'no if the difference is larger than its 95% interval (of test images and, where there are several, of seeds, '
-        "by Welch's t), else as open; the ratio of two losses counts as it stands. A claim *holds* if none says no and "
-        'at least half say yes; it *holds in part* if some say yes; it is *open* if all are open; else it *does not '
-        'hold*.',
+        'Every claim is a list of comparisons ("BatchOut is above the baseline at epsilon 0.1"). A comparison counts '
+        'as yes or no if the difference is larger than its 95% interval (over test images and, if several, over '
+        "seeds, by Welch's t), otherwise as open; the ratio of two losses is compared directly. A claim *holds* if no "
+        'comparison says no and at least half say yes; it *holds in part* if some say yes; it is *open* if all are '
+        'open; otherwise it *does not hold*.',
         '',
         '| claim of the paper | comparisons | largest and smallest difference, points | verdict |',
         '|---|---|---|---|',
@@ -54,15 +53,15 @@ def results(figures: dict[str, Figure], reports: Sequence[Report] = (), variants
             lines.append(_row(claim, compared(figures[name])))
     lines += ['', *_sections(figures)]
     if variants:
-        runs = [Path(report.model).parent.name for report in variants]  # of .../RUN/model.safetensors
-        lines += ['## Trained otherwise', '', compare_reports(variants, runs), '']
+        runs = [Path(report.model).parent.name for report in variants]  # the model is .../RUN/model.safetensors
+        lines += ['## Other training settings', '', compare_reports(variants, runs), '']
     if reports:
-        lines += ['## Beyond the paper: the bundled weights under stronger attacks', '']
+        lines += ['## The bundled weights under stronger attacks', '']
     for data in dict.fromkeys(report.data for report in reports):
         same = [report for report in reports if report.data == data]
-        lines += [compare_reports(same), '', 'Gradient masking, as the audit of each report has it:', '']
+        lines += [compare_reports(same), '', 'Verdicts of the gradient masking audits:', '']
         lines += [f'- {report.model}: {report.audit.verdict}' for report in same if report.audit] + ['']
-    return '\n'.join(lines)
+    return '\n'.join(lines) + '\n'
 
 
 def over_seeds(figures: dict[str, Figure]) -> dict[str, Any]:
@@ -139,12 +138,12 @@ def _spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 class Comparison(NamedTuple):
-    """One thing that a claim says, measured.
+    """One measured comparison of a claim.
 
     Attributes:
-        excess: How far one is above the other, or beyond what the claim asks for, in points.
+        excess: Difference, or excess over what the claim states, in points.
         half: Half the width of its 95% interval.
-        shown: In the table.
+        shown: Text for the table.
     """
 
     excess: float
@@ -167,15 +166,15 @@ def _above(figure: Figure, attack: str, upper: str, lower: str, variants: Sequen
 
 
 def _difference(a: Sequence[float], b: Sequence[float], n: int) -> Comparison:
-    """Two independent sources of error: which test images, and, where there are several, which seeds."""
+    """A difference with two independent sources of error: the test images and, if there are several, the seeds."""
     images = sum(mean(x) * (100 - mean(x)) / n / len(x) for x in (a, b))
     squared = 1.96**2 * images
     several = [x for x in (a, b) if len(x) > 1]
     seeds = [stdev(x) ** 2 / len(x) for x in several]
     if sum(seeds) > 0:
-        # Welch's degrees of freedom, rounded down: with three seeds 2 to 4, where 1.96 would be far too narrow.
+        # Welch's degrees of freedom: with three seeds 2 to 4, where 1.96 would be far too narrow.
         freedom = sum(seeds) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(seeds, several, strict=True))
-        squared += STUDENT[min(int(freedom + 1e-9), len(STUDENT)) - 1] ** 2 * sum(seeds)
+        squared += student_t.ppf(0.975, freedom) ** 2 * sum(seeds)
     difference = mean(a) - mean(b)
     return Comparison(difference, math.sqrt(squared), f'{difference:+.2f}')
 

@@ -177,11 +177,11 @@ class Paper:
         """The recipe of a net, as it is run.
 
         Raises:
-            ValueError: There is no such recipe.
+            ValueError: The recipe does not exist.
         """
         path = self.recipes / f'{net.recipe}.yaml'
         if not path.is_file():
-            raise ValueError(f'{str(path)!r} is not there. Name the folder of the recipes: --recipes recipes/paper.')
+            raise ValueError(f'{str(path)!r} does not exist. Name the folder of the recipes: --recipes recipes/paper.')
         recipe = read_recipe(path)
         recipe = {
             **recipe,
@@ -201,20 +201,21 @@ class Paper:
         return configure(TrainConfig, recipe)
 
     def _trained(self, config: TrainConfig) -> dict[str, Any]:
-        """The result of a run, which is started, gone on with, or used again."""
+        """The result of a run, which is started, resumed, or reused."""
         path = Path(config.output) / 'result.json'
         if path.is_file():
             result = json.loads(path.read_text())
             changes = recipe_changes(result['recipe'], config)
             if changes:
                 raise ValueError(
-                    f'{config.output} is finished, by another recipe; move it away:\n' + '\n'.join(changes)
+                    f'{config.output} already contains a finished run with a different recipe; move or delete it.\n'
+                    + '\n'.join(changes)
                 )
             return result
         return train(config)
 
     def _report(self, figure: Figure, config: TrainConfig) -> Report:
-        """FGSM and DeepFool on a trained net, kept beside it, for as long as it has these weights."""
+        """FGSM and DeepFool on a trained net; the report is kept beside the net and reused for the same weights."""
         split = self._test(config.data)
         n = min(self.n or len(split), 200 if self.quick else len(split))
         n_deepfool = min(self.n_deepfool, n)
@@ -246,4 +247,4 @@ class Paper:
 
 def _check_name(where: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise ValueError(f'{where} has no {name!r}, but {", ".join(sorted(known))}.{did_you_mean(name, known)}')
+        raise ValueError(f'{where} has no {name!r}. Available: {", ".join(sorted(known))}.{did_you_mean(name, known)}')

@@ -2,8 +2,8 @@
 
     python recipes/twins/compare_eta.py --data image_folder --root PATH --label "CIFAR-10 (JPEG q75 copy)"
 
-Finished runs under runs/twins are kept, so a broken-off comparison goes on where it was. Writes eta.json and, from it,
-RESULTS.md.
+Finished runs under runs/twins are kept, so an interrupted comparison continues where it stopped. Writes eta.json and,
+from it, RESULTS.md.
 """
 
 import argparse

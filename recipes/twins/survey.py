@@ -1,11 +1,11 @@
-"""Does every architecture of timm have a sound BatchOut twin? Measured, one by one, into survey.json.
+"""Examine the BatchOut twin of every architecture of timm, and write the results to survey.json.
 
-    python recipes/twins/survey.py                     all that are not yet examined with values, on this machine
-    python recipes/twins/survey.py --only 'vit_*'      those only, in place of what is known of them
+    python recipes/twins/survey.py                     all that are not yet examined with values
+    python recipes/twins/survey.py --only 'vit_*'      only these, and again
 
-Each net runs on the CPU with three images of the smallest size that it takes. A net too large for this machine's
-memory runs with fewer blocks, or, where it has no argument for that, on torch's meta device, which knows shapes and no
-values; its record says so.
+Each net runs on the CPU with three images of the smallest size it accepts. A net too large for the memory runs with
+fewer blocks or, if it has no argument for that, on torch's meta device, which has shapes but no values. Its record
+says so.
 """
 
 import argparse
@@ -59,13 +59,13 @@ def representatives(records: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def examine(arch: str, compiled: bool = False, memory: float = math.inf, side: int | None = None) -> dict[str, Any]:
-    """All that is checked of a twin.
+    """Run all checks of a twin.
 
     Args:
         arch: timm's architecture.
         compiled: Also compile a training forward and backward into one graph (backend 'aot_eager').
-        memory: Bytes that a training step may need; above, the net runs with fewer blocks or on the meta device.
-        side: Of the input, where it is known; None: the smallest that works is searched for.
+        memory: Bytes that a training step may need; larger nets run with fewer blocks or on the meta device.
+        side: Side of the input; None: the smallest that works.
 
     Returns:
         The record for survey.json.
@@ -170,7 +170,7 @@ def _is_resized(arch: str, side: int) -> bool:
 
 
 def exceptions(record: dict[str, Any]) -> list[str]:
-    """What is not as promised in a record; empty for a sound twin."""
+    """What fails in a record; empty for a sound twin."""
     if 'error' in record:
         return [record['error']]
     named = [name for name, value in record.items() if value is False]
@@ -216,7 +216,7 @@ def _parameters(arch: str, model_args: dict[str, Any]) -> int:
 
 
 def _fewer_blocks(arch: str, model_args: dict[str, Any], fits: float) -> dict[str, Any]:
-    """create_model arguments that make the net fit; {} if there are none."""
+    """create_model arguments with which the net fits; {} if none do."""
     for fewer in FEWER_BLOCKS:
         try:
             if _parameters(arch, {**model_args, **fewer}) < fits:
@@ -349,7 +349,7 @@ def _pushes() -> Iterator[dict[int, list[tuple[int, set[int]]]]]:
 
 
 def _compiles(name: str, arch: str, model_args: dict[str, Any], images: Tensor) -> str:
-    """'one graph', or whose fault it is that there is none."""
+    """'one graph', or the reason for a failure and whether the plain net fails as well."""
     if _breaks(name, model_args, images) is None:
         return 'one graph'
     if (fault := _breaks(arch, model_args, images)) is not None:

@@ -1,49 +1,112 @@
-"""What does the harness cost over calling the attack libraries by hand, and what does its DeepFool save?
+"""What evaluation costs beside the attack libraries called by hand, and what the audit adds, into evaluation.json.
 
     python recipes/bench/evaluation.py --root PATH_OF_MNIST
 
-The two sides of each ratio run in turn, on the same net, images and settings, and must agree image by image. Writes
-evaluation.json.
+The two sides of each ratio take turns, on the same net, images and settings, and must leave the same number of images
+right. The share of our time inside the model (its forwards and backwards) says how much any harness could save.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import foolbox
 import timm
 import torch
 from pyautoattack import AutoAttack
-from torch import Tensor
+from torch import Tensor, nn
 
 import timm_batchout  # noqa: F401
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.memory import load_split
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
+from timm_batchout.robustness.attacks import AutoAttack as AutoAttackSettings
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.harness import evaluate
 
 MODEL = 'batchout_mnist_cnn.mnist'
 EPSILON = 0.1
+ROBUST = 'mnist_cnn.pgd_at_mnist'  # standard AutoAttack takes longest where images withstand it
+ROBUST_EPSILON = 0.3
 ITERATIONS = 5
 
 
-def in_turn(first: Callable[[], int], second: Callable[[], int], times: int) -> dict[str, Any]:
-    """Median seconds of both, after one run of each that does not count; how many images each leaves right."""
-    right = first(), second()
+def in_turn(first: Callable[[], int], second: Callable[[], int], times: int, warm_up: bool = True) -> dict[str, Any]:
+    """Median seconds of both, and how many images each leaves right.
+
+    Args:
+        first, second: The two sides.
+        times: Runs of each that count.
+        warm_up: Run each once more before; not worth it for minutes.
+    """
+    right = [first(), second()] if warm_up else []
     seconds: tuple[list[float], list[float]] = [], []
     for _ in range(times):
         for side, run in zip(seconds, (first, second), strict=True):
             start = time.perf_counter()
-            run()
+            right.append(run())
             side.append(time.perf_counter() - start)
     ours, theirs = median(seconds[0]), median(seconds[1])
-    return {'ours_seconds': ours, 'theirs_seconds': theirs, 'ratio': ours / theirs, 'right': right}
+    return {'ours_seconds': ours, 'theirs_seconds': theirs, 'ratio': ours / theirs, 'right': right[:2]}
+
+
+@contextmanager
+def inside(model: nn.Module) -> Iterator[list[float]]:
+    """Seconds inside the forwards of a model and inside ``torch.autograd.grad``, as they are spent."""
+    seconds: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds.append(time.perf_counter() - start)
+
+        return call
+
+    with mock.patch.object(model, 'forward', timed(model.forward)), \
+            mock.patch.object(torch.autograd, 'grad', timed(torch.autograd.grad)):  # fmt: skip
+        yield seconds
+
+
+def standard_autoattack(images: Tensor, labels: Tensor, times: int) -> dict[str, Any]:
+    """All four stages, through this package and by hand."""
+    model = timm.create_model(ROBUST, pretrained=True).eval().requires_grad_(False)
+    net = PixelModel(model)
+
+    def ours() -> int:
+        attack = AutoAttackSettings(eps=[ROBUST_EPSILON])
+        return evaluate(model, images, labels, [attack], audit=False, batch_size=len(images)).scores[-1].correct
+
+    def by_hand() -> int:
+        attack = AutoAttack(net, eps=ROBUST_EPSILON, norm='Linf', seed=0, device='cpu')
+        attacked, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+        with torch.no_grad():
+            return int(((net(images).argmax(1) == labels) & (net(attacked).argmax(1) == labels)).sum())
+
+    result = in_turn(ours, by_hand, times, warm_up=False)
+    start = time.perf_counter()
+    with inside(model) as seconds:
+        ours()
+    share = sum(seconds) / (time.perf_counter() - start)
+    return {**result, 'model': ROBUST, 'n': len(images), 'epsilon': ROBUST_EPSILON, 'share_inside_the_model': share}
+
+
+def audit(model: nn.Module, images: Tensor, labels: Tensor, times: int) -> dict[str, Any]:
+    """The audit beside the attacks of an everyday report: FGSM and PGD."""
+
+    def report(audited: bool) -> int:
+        return evaluate(model, images, labels, ['fgsm', 'pgd'], [EPSILON], audit=audited).scores[-1].correct
+
+    return in_turn(lambda: report(True), lambda: report(False), times)
 
 
 def main() -> None:
@@ -51,6 +114,7 @@ def main() -> None:
     parser.add_argument('--data', default='mnist')
     parser.add_argument('--root', default='data/mnist')
     parser.add_argument('--n', type=int, default=300)
+    parser.add_argument('--n_autoattack', type=int, default=40)
     parser.add_argument('--times', type=int, default=5)
     arguments = parser.parse_args()
     split = load_split(DataConfig(arguments.data, arguments.root), train=False)
@@ -70,7 +134,14 @@ def main() -> None:
     def harness(attack: str, **settings: Any) -> Callable[[], int]:
         def run() -> int:
             report = evaluate(
-                model, given, truth, [attack], [EPSILON], settings={attack: settings}, batch_size=arguments.n
+                model,
+                given,
+                truth,
+                [attack],
+                [EPSILON],
+                settings={attack: settings},
+                batch_size=arguments.n,
+                audit=False,
             )
             return report.scores[-1].correct
 
@@ -112,6 +183,9 @@ def main() -> None:
             ours, all_runs, arguments.times
         ),
     }
+    results['audit, FGSM and PGD, against FGSM and PGD'] = audit(model, given, truth, arguments.times // 2)
+    few = slice(0, arguments.n_autoattack)
+    results['AutoAttack standard, against pyautoattack'] = standard_autoattack(given[few], truth[few], 1)
     for name, result in results.items():
         assert result['right'][0] == result['right'][1], (name, result)
         print(f'{name}: {result["ratio"]:.3f} of the time')

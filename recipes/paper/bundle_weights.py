@@ -18,7 +18,7 @@ import timm
 
 import timm_batchout  # noqa: F401
 from timm_batchout.provenance import write_atomically
-from timm_batchout.robustness.harness import weights_sha256
+from timm_batchout.robustness.inputs import weights_sha256
 from timm_batchout.robustness.report import Report
 from timm_batchout.robustness.tables import overview
 from timm_batchout.zoo.pretrained import FOLDER, bundled_cards

@@ -16,7 +16,8 @@ from timm_batchout.provenance import environment
 from timm_batchout.recipe import configure, read_recipe
 from timm_batchout.robustness.attacks import as_attacks
 from timm_batchout.robustness.chunks import Chunks
-from timm_batchout.robustness.harness import evaluate, weights_sha256
+from timm_batchout.robustness.harness import evaluate
+from timm_batchout.robustness.inputs import weights_sha256
 from timm_batchout.robustness.report import Report
 from timm_batchout.text import did_you_mean
 from timm_batchout.training.config import TrainConfig

@@ -7,7 +7,8 @@ from PIL import Image
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.decode import to_mode
 from timm_batchout.data.memory import load_split
-from timm_batchout.data.workers import TimmLoader, TimmSplit
+from timm_batchout.data.timm_splits import TimmSplit
+from timm_batchout.data.workers import TimmLoader
 
 LEVELS = {'dark': 2_000, 'light': 40_000}  # Pillow's own conversion makes 255 of both
 

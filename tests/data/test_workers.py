@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from timm_batchout.cli.main import main
 from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.memory import load_data
-from timm_batchout.data.workers import TimmLoader, TimmSplit
+from timm_batchout.data.timm_splits import TimmSplit
+from timm_batchout.data.workers import TimmLoader
 
 CFG = {'input_size': (3, 16, 16), 'interpolation': 'bilinear', 'crop_pct': 1.0, 'crop_mode': 'center'}
 AUGMENT = AugmentConfig(hflip=0.5, scale=[0.5, 1.0], color_jitter=0.4, auto_augment='rand-m7-mstd0.5-inc1')

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -537,6 +538,29 @@ def test_attacks_with_images_and_radii_of_their_own(net, digits):
     assert alone.score('pgd', '0.1') == report.score('pgd', '0.1')
     with pytest.raises(ValueError, match=r'n of pgd must lie in \[1, 60\], the images, got 61'):
         evaluate(net, *digits, ['pgd'], settings={'pgd': {'n': 61}})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brighter(tb.attacks.Attack):
+    share: float = 0.5
+
+    name = 'brighter'
+    loss = ''
+
+    def run(self, batch):
+        moved = {Variant(radius): (batch.images + self.share * radius).clamp(0, 1) for radius in batch.radii}
+        return tb.attacks.Outcome({variant: batch.withstood(x) for variant, x in moved.items()})
+
+
+def test_an_attack_of_ones_own(net, digits):
+    report = evaluate(net, *digits, [Brighter(share=1.0)], ['0.5'])
+    with torch.no_grad():
+        right = [net.eval()((pixels(digits[0]) + shift).clamp(0, 1)).argmax(1) == digits[1] for shift in (0, 0.5)]
+    assert report.score('brighter', 0.5).correct == (right[0] & right[1]).sum()
+    assert report.settings == {'brighter': {'share': 1.0}} and Report.from_dict(report.to_dict()) == report
+    assert '| brighter 0.5 |' in table(report)
+    with pytest.raises(ValueError, match='share of brighter must be a number'):
+        Brighter(share='much')
 
 
 def test_attacks_as_objects_are_those_by_name(net, digits):

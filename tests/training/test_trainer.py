@@ -19,7 +19,7 @@ from timm_batchout.cli.main import main
 from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.images import Split
 from timm_batchout.data.memory import TensorLoader, load_data, load_split
-from timm_batchout.data.workers import input_cfg
+from timm_batchout.data.timm_splits import input_cfg
 from timm_batchout.pixels import fgsm, normalization
 from timm_batchout.recipe import parse, read_recipe
 from timm_batchout.robustness.report import Report
@@ -295,7 +295,7 @@ def test_image_folder_and_tar_hold_the_same_images(tmp_path):
         (['--objective.name', 'fgsm'], 'objective.epsilon must be positive for fgsm'),
         (
             ['--model', 'cifar_vgg'],
-            'The images have 1 channels, but the mean of the model has 3 by its mean: set model_args.in_chans=1',
+            'The images have 1 channels, but the mean of the model has 3 values. Set model_args.in_chans=1',
         ),
         (['--model', 'batchout_mnist_cnm'], 'batchout_mnist_cnm'),
         (['--model_args', '{num_classes: 5}'], 'The model has 5 classes, the data 10'),

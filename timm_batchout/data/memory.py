@@ -15,7 +15,8 @@ from timm_batchout.data.config import AugmentConfig, DataConfig
 from timm_batchout.data.decode import is_class, to_mode
 from timm_batchout.data.images import Images, Split, laid_out
 from timm_batchout.data.tars import content, whole_tar
-from timm_batchout.data.workers import TimmImages, TimmSplit, input_cfg, load_timm_splits, load_timm_test_split
+from timm_batchout.data.timm_splits import TimmSplit, input_cfg, load_timm_splits, load_timm_test_split
+from timm_batchout.data.workers import TimmImages
 
 __all__ = ['TensorLoader', 'data_label', 'load_data', 'load_split', 'load_test_set']
 

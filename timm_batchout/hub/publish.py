@@ -20,7 +20,7 @@ from timm_batchout.hub.card import CARD_HASH, EXAMPLES, Entry, card_hash, make_c
 from timm_batchout.hub.privacy import publishable, redacted
 from timm_batchout.layer import BatchOutConfig
 from timm_batchout.provenance import write_atomically
-from timm_batchout.robustness.harness import weights_sha256
+from timm_batchout.robustness.inputs import weights_sha256
 from timm_batchout.robustness.plots import draw_curves
 from timm_batchout.robustness.report import Report
 from timm_batchout.zoo.checkpoint import as_safetensors

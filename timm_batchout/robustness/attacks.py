@@ -99,13 +99,15 @@ class Outcome:
 class Attack(ABC):
     """An attack and its settings, which every report states.
 
+    A subclass (a frozen dataclass with ``name`` and ``run``) can be given to ``evaluate`` like those of this module.
+
     Args:
         n: Attack only the first n of the drawn images; 0: all of them.
         eps: Radii of this attack, as ``evaluate`` takes them; empty: those of ``evaluate``.
 
     Attributes:
-        name: On the command line and in reports.
-        norm: Of the radius, 'Linf' or 'L2'; '' for the controls, which are no attacks within a radius.
+        name: Name on the command line and in reports.
+        norm: Norm of the radius, 'Linf' or 'L2'; '' for the controls, which are not attacks within a radius.
         package: The package it needs; '' for none.
         loss: The loss whose gradient it follows, 'cross-entropy' or 'margin'; 'several' if it has other means as well,
             '' if it uses no gradient of the model. Where the audit finds that gradient masked, the attack is misled.
@@ -162,8 +164,8 @@ def as_attacks(
     """The attacks by name.
 
     Args:
-        attacks: Names, or attacks with their settings.
-        settings: By name, in place of an attack's defaults.
+        attacks: Names in ``ATTACKS``, or attacks with their settings.
+        settings: Settings of attacks given by name, in place of the defaults.
 
     Raises:
         ValueError: An unknown attack or setting, a setting of the wrong type, settings for an attack that is not
@@ -171,8 +173,8 @@ def as_attacks(
     """
     settings = settings or {}
     names = [attack if isinstance(attack, str) else attack.name for attack in attacks]
-    for name in names:
-        if name not in ATTACKS:
+    for name in attacks:
+        if isinstance(name, str) and name not in ATTACKS:
             raise ValueError(f'Unknown attack {name!r}. Available: {", ".join(ATTACKS)}.{did_you_mean(name, ATTACKS)}')
     unused = sorted(set(settings) - set(names))
     if unused:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_batchout.data.images import Images
 from timm_batchout.drawing import pyplot, save_figure
 from timm_batchout.pixels import PixelModel, frozen, gradient_sign, modes_kept
-from timm_batchout.robustness.harness import drawn, in_pixels, read_pixels
+from timm_batchout.robustness.inputs import drawn, in_pixels, read_pixels
 from timm_batchout.text import format_radius
 
 __all__ = ['draw_examples']

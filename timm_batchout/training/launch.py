@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import timm_batchout.zoo.register  # noqa: F401
 from timm_batchout.data.images import Split, laid_out
 from timm_batchout.data.memory import load_data
-from timm_batchout.data.workers import TimmSplit, input_cfg
+from timm_batchout.data.timm_splits import TimmSplit, input_cfg
 from timm_batchout.inject import batchout_sites
 from timm_batchout.pixels import PixelModel, seeded
 from timm_batchout.recipe import configure
@@ -37,7 +37,7 @@ from timm_batchout.training.checkpoints import restore_checkpoint
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.parts import make_trainer
 from timm_batchout.training.run_folder import RunFolder, recipe_changes
-from timm_batchout.training.trainer import Interrupted, stop_signals
+from timm_batchout.training.stopping import Interrupted
 from timm_batchout.zoo.timm_twins import check_model_name
 
 __all__ = ['Interrupted', 'recipe_changes', 'train']
@@ -95,7 +95,7 @@ def train(recipe: TrainConfig | str | Path | Mapping[str, Any] | None = None, **
             trainer.folder.start(replace(config, resume=False, allow_changes=False))
         if config.trackers:
             accelerator.init_trackers('timm-batchout', config={'recipe': json.dumps(config.recipe())})
-        with stop_signals(trainer):
+        with trainer.stop.handled():
             while trainer.progress.epoch < config.epochs and not trainer.overfits():
                 trainer.train_epoch()
         result = trainer.finish()

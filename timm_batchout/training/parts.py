@@ -11,7 +11,8 @@ from torch import nn
 
 from timm_batchout.data.images import Split
 from timm_batchout.data.memory import TensorLoader
-from timm_batchout.data.workers import TimmLoader, TimmSplit, input_cfg
+from timm_batchout.data.timm_splits import TimmSplit, input_cfg
+from timm_batchout.data.workers import TimmLoader
 from timm_batchout.inject import batchout_sites
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.objectives import Objective

@@ -1,10 +1,8 @@
 """A model in training, from step to step: forward, backward, update, validation, checkpoint."""
 
 import shlex
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,22 +16,18 @@ from tqdm import tqdm
 
 from timm_batchout.data.memory import TensorLoader, data_label
 from timm_batchout.data.workers import TimmLoader
-from timm_batchout.pixels import PixelModel, seeded
+from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment
 from timm_batchout.training.checkpoints import Progress, newest_checkpoint, save_checkpoint
 from timm_batchout.training.config import TrainConfig
-from timm_batchout.training.objectives import Objective, robust_correct
+from timm_batchout.training.objectives import Objective
 from timm_batchout.training.run_folder import RECIPE, RunFolder
-from timm_batchout.training.validate import in_float32, score
+from timm_batchout.training.stopping import Interrupted, StopSignals
+from timm_batchout.training.validate import robust_score, score
 
-__all__ = ['Interrupted', 'Trainer', 'stop_signals']
+__all__ = ['Trainer']
 
-LOOK_EVERY = 20  # forwards between two checks of the losses, and the most updates between two of the stop signals
-LOOK_SECONDS = 5  # between two checks of the stop signals of other processes
-
-
-class Interrupted(Exception):
-    """SIGTERM or SIGINT ended a run early. It was saved, and the message says how to resume."""
+LOOK_EVERY = 20  # forwards between two checks of the losses: reading them stalls a GPU
 
 
 @dataclass
@@ -80,9 +74,7 @@ class Trainer:
         self.losses = torch.zeros(batches, device=accelerator.device)  # of this process in this epoch
         steps = config.checkpoint.steps * config.accumulate  # whole updates: no gradient is half accumulated
         self.saved_at = range(steps, batches, steps) if steps else ()  # within each epoch
-        self.stop_asked = False
-        # When to check the stop signals of the other processes.
-        self.updates_to_look, self.look_every, self.looked = 1, 1, time.perf_counter()
+        self.stop = StopSignals(accelerator)
 
     @property
     def forwards(self) -> int:
@@ -187,22 +179,9 @@ class Trainer:
             layer.set_eta((share * eta[0], share * eta[1]) if isinstance(eta, tuple) else share * eta)
 
     def _must_stop(self) -> bool:
-        """Whether a signal came, to any of the processes: all must stop after the same step."""
         if self.progress.step % self.config.accumulate and self.progress.step < len(self.loader):
             return False  # half accumulated gradients would be lost
-        if self.accelerator.num_processes == 1:
-            return self.stop_asked
-        self.updates_to_look -= 1
-        if self.updates_to_look:
-            return False
-        now = time.perf_counter()
-        own = torch.tensor([float(self.stop_asked), now - self.looked], device=self.accelerator.device)
-        asked, seconds = self.accelerator.reduce(own, 'sum').tolist()
-        # Launchers kill after half a minute. The sum of all clocks gives every process the same number.
-        per_update = max(seconds, 1e-9) / self.accelerator.num_processes / self.look_every
-        self.updates_to_look = self.look_every = max(1, min(LOOK_EVERY, int(LOOK_SECONDS / per_update)))
-        self.looked = now
-        return asked > 0
+        return self.stop.seen()
 
     def _check_losses(self) -> None:
         """Stop at a NaN or infinite loss, before it can get into a checkpoint."""
@@ -243,33 +222,14 @@ class Trainer:
             record['broken_images'] = int(self.accelerator.reduce(broken, 'sum'))
         if record['epoch'] == self.config.epochs or record['epoch'] % self.config.eval_epochs == 0:
             record |= score(self.weights, self.val_loader, self.accelerator, prefix='val_')
-            record |= self._robust_validation()
+            if self.config.objective.name != 'plain' and self.config.robust_val.images:
+                record |= robust_score(self.weights, self.val_loader, self.accelerator, self.config)
             accuracy = record.get('val_robust_accuracy', record['val_accuracy'])
             if accuracy > progress.best:
                 progress.best = accuracy
                 self._write_weights('best.safetensors')
         progress.finish_epoch(record)
         return record
-
-    def _robust_validation(self) -> dict[str, Any]:
-        """Accuracy under PGD on the first held-out images; empty for the plain objective."""
-        config, objective = self.config.robust_val, self.config.objective
-        if objective.name == 'plain' or not config.images:
-            return {}
-        model = PixelModel(self.weights, self.cfg).to(self.accelerator.device)
-        counts = torch.zeros(2, device=self.accelerator.device)
-        left = -(-config.images // self.accelerator.num_processes)
-        with seeded(self.config.seed), in_float32(self.weights):
-            for images, labels in self.val_loader:
-                images, labels = images[:left], labels[:left]
-                left -= len(labels)
-                if len(labels):
-                    right = robust_correct(
-                        model, images, labels, config.epsilon or objective.epsilon, objective.norm, config.steps
-                    )
-                    counts += counts.new_tensor([int(right.sum()), len(labels)])
-        correct, n = self.accelerator.reduce(counts, 'sum').tolist()
-        return {'val_robust_accuracy': correct / n, 'val_robust_correct': int(correct), 'val_robust_n': int(n)}
 
     def _report(self, record: dict[str, Any]) -> None:
         numbers = {name: value for name, value in record.items() if isinstance(value, (int, float))}
@@ -332,24 +292,3 @@ class Trainer:
         # On all processes, because with FSDP each holds a part.
         whole = self.ema.module.state_dict() if self.ema else self.accelerator.get_state_dict(self.model)
         return self.folder.write_weights(whole, name) if self.accelerator.is_main_process else ''
-
-
-@contextmanager
-def stop_signals(trainer: Trainer) -> Iterator[None]:
-    """Let SIGTERM and SIGINT stop the run after its current step; a second signal acts as usual."""
-
-    def ask(number: int, frame: Any) -> None:
-        trainer.stop_asked = True
-        signal.signal(number, before[number])
-
-    before: dict[Any, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, ask)
-    except ValueError:  # only the main thread may set handlers
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

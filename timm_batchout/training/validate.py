@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from timm_batchout.data.memory import TensorLoader
 from timm_batchout.data.workers import TimmLoader
-from timm_batchout.pixels import PixelModel
+from timm_batchout.pixels import PixelModel, seeded
 from timm_batchout.sites import activation_sites
+from timm_batchout.training.config import TrainConfig
+from timm_batchout.training.objectives import robust_correct
 
-__all__ = ['in_float32', 'score']
+__all__ = ['in_float32', 'robust_score', 'score']
 
 
 @contextmanager
@@ -81,6 +83,36 @@ def score(
         f'{prefix}logit_std': logits.std().item(),
         f'{prefix}norms': {name: round(total / count, 2) for name, (total, count) in sums.items() if count},
     }
+
+
+def robust_score(
+    model: nn.Module, loader: TensorLoader | TimmLoader, accelerator: Accelerator, config: TrainConfig
+) -> dict[str, Any]:
+    """Accuracy in float32 under PGD on the first images of a split.
+
+    Args:
+        model: The unwrapped model, the same on every process.
+        loader: This process's share of the images.
+        accelerator: Sums over the processes.
+        config: Its ``robust_val`` says how many images and which attack, at the radius of its ``objective`` by default.
+
+    Returns:
+        ``val_robust_accuracy``, ``val_robust_correct`` and ``val_robust_n``, over all processes.
+    """
+    robust_val, objective = config.robust_val, config.objective
+    pixel_model = PixelModel(model).to(accelerator.device)
+    epsilon = robust_val.epsilon or objective.epsilon
+    counts = torch.zeros(2, device=accelerator.device)
+    left = -(-robust_val.images // accelerator.num_processes)
+    with seeded(config.seed), in_float32(model):
+        for images, labels in loader:
+            images, labels = images[:left], labels[:left]
+            left -= len(labels)
+            if len(labels):
+                right = robust_correct(pixel_model, images, labels, epsilon, objective.norm, robust_val.steps)
+                counts += counts.new_tensor([int(right.sum()), len(labels)])
+    correct, n = accelerator.reduce(counts, 'sum').tolist()
+    return {'val_robust_accuracy': correct / n, 'val_robust_correct': int(correct), 'val_robust_n': int(n)}
 
 
 def _all(share: Tensor, accelerator: Accelerator) -> Tensor:

@@ -125,5 +125,5 @@ def test_a_name_that_no_file_can_have():
     with pytest.raises(ValueError, match='not a file name'):
         parse(TrainConfig, ['--config', 'a\0b'])
     for name in ('output', 'data.root'):
-        with pytest.raises(ValueError, match=f'{name} holds a NUL character'):
+        with pytest.raises(ValueError, match=f'{name} contains a NUL character'):
             parse(TrainConfig, [f'--{name}', 'a\0b'])

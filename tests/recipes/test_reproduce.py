@@ -82,7 +82,7 @@ def test_every_figure(tmp_path):
 def test_bad_figures(tmp_path, capsys):
     assert reproduce(tmp_path, '6') == 2
     assert reproduce(tmp_path, '2', '--recipes', str(tmp_path)) == 2
-    assert "mnist_baseline.yaml' is not there" in capsys.readouterr().err
+    assert "mnist_baseline.yaml' does not exist" in capsys.readouterr().err
     for arguments, message in (
         (['--seeds', '[]'], 'seeds is empty'),
         (['--data', '{mnist: {nmae: digits}}'], "data.mnist has no 'nmae'"),
@@ -124,7 +124,7 @@ def test_the_intervals_of_differences():
     assert (difference, shown) == (10, '+10.00') and half == pytest.approx(1.96 * (25 + 24) ** 0.5)
     images = (55 * 45 + 40 * 60) / 200
     assert _difference([50.0, 60.0], [40.0, 40.0], 100).half == pytest.approx(
-        (1.96**2 * images + 12.706**2 * 25) ** 0.5
+        (1.96**2 * images + 12.7062**2 * 25) ** 0.5
     ), 'two seeds, one degree of freedom'
     welch = _difference([50.0, 52.0, 54.0], [40.0, 42.0, 44.0], 10**9).half
     assert welch == pytest.approx(2.776 * (8 / 3) ** 0.5, rel=1e-3), 'three and three, as spread: four'

@@ -81,7 +81,7 @@ for name in {list(bundled_cards())!r}: score(name, {str(images)!r}).save(Path({s
     assert output.count('pushed: README.md, config.json, results.json, curves.svg, model.safetensors') == len(
         bundled_cards()
     )
-    assert output.count('nothing has changed: nothing was pushed') == len(bundled_cards()), 'the second time'
+    assert output.count('nothing pushed, because nothing has changed') == len(bundled_cards()), 'the second time'
     assert len([request for request in hub.requests if '/commit/' in request]) == len(bundled_cards())
     assert len([request for request in hub.requests if 'PUT' in request]) == len(bundled_cards())
     assert 'hf_owner' not in output + ''.join(path.read_text() for path in cards.rglob('*.*') if path.is_file())

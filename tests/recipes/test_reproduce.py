@@ -59,7 +59,7 @@ def test_figures_of_the_digits(tmp_path, capsys):
     run.write_text(run.read_text().replace('"lr": 0.001', '"lr": 0.002'))
     capsys.readouterr()
     assert reproduce(tmp_path, '5b', '--seeds', '[0]') == 2
-    assert 'optimizer.lr: saved 0.002, asked for 0.001' in capsys.readouterr().err
+    assert 'optimizer.lr: saved 0.002, now 0.001' in capsys.readouterr().err
 
 
 @pytest.mark.slow

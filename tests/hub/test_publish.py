@@ -135,7 +135,7 @@ except ConnectionError as error: print(error)
 """
     variables = {'HF_HUB_OFFLINE': '1', 'TIMM_BATCHOUT_HUB_NAMESPACE': 'me'}
     offline = python(code, hub, tmp_path / 'b', package=slim, **variables)
-    assert 'me/mnist_cnn.baseline_mnist not found in the cache, and huggingface_hub is set to be offline' in offline
+    assert 'me/mnist_cnn.baseline_mnist is not in the cache, and huggingface_hub is in offline mode' in offline
 
 
 def test_a_trained_twin_is_published_as_the_stock_net(hub, tmp_path):

@@ -9,12 +9,26 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-def test_wheel_works_without_the_checkout(tmp_path):
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--quiet']
-    subprocess.run([*pip, 'wheel', '--no-deps', '--wheel-dir', str(tmp_path), str(ROOT)], check=True)
-    (wheel,) = tmp_path.glob('*.whl')
-    assert wheel.stat().st_size < 60 * 2**20
+    subprocess.run([*pip, 'wheel', '--no-deps', '--wheel-dir', str(folder), str(ROOT)], check=True)
+    (path,) = folder.glob('*.whl')
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, reason='the robust nets made it 52 MiB: the CIFAR nets must be stored in half precision'
+)
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 40 * 2**20
+
+
+@pytest.mark.slow
+def test_wheel_works_without_the_checkout(wheel, tmp_path):
+    pip = [sys.executable, '-m', 'pip', '--quiet']
     site = tmp_path / 'site'
     subprocess.run([*pip, 'install', '--no-deps', '--target', str(site), str(wheel)], check=True)
     code = (

@@ -109,7 +109,7 @@ def chain(path):
         (lambda path: path.write_text('a: [1'), 'cannot be read as YAML'),
         (lambda path: path.write_bytes(b'\xff\xfe\x00'), 'cannot be read as YAML'),
         (lambda path: path.write_text('- 1'), 'must contain a mapping'),
-        (lambda path: None, 'does not exist'),
+        (lambda path: None, "recipe.yaml' does not exist"),
         (lambda path: path.mkdir(), 'cannot be read as YAML'),
     ],
 )

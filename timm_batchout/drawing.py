@@ -6,7 +6,7 @@ from typing import Any
 
 from timm_batchout.provenance import write_atomically
 
-__all__ = ['pyplot', 'save_figure']
+__all__ = ['literal', 'pyplot', 'save_figure']
 
 
 def pyplot() -> Any:
@@ -18,6 +18,11 @@ def pyplot() -> Any:
     from matplotlib import pyplot as plt
 
     return plt
+
+
+def literal(text: str) -> str:
+    """Text in which matplotlib sees no formula."""
+    return text.replace('$', r'\$')
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -9,9 +9,10 @@ import argparse
 import json
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from statistics import median
+
+from timing import in_turns
 
 from timm_batchout.provenance import environment, write_atomically
 
@@ -31,16 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--times', type=int, default=9)
     arguments = parser.parse_args()
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for turn in range(arguments.times + 1):  # the first one fills the disk cache
-        for name, command in COMMANDS.items():
-            start = time.perf_counter()
-            subprocess.run(command, capture_output=True)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+    runs = {name: partial(subprocess.run, command, capture_output=True) for name, command in COMMANDS.items()}
+    seconds = in_turns(runs, arguments.times)  # the warm-up fills the disk cache
     report = {
         'times': arguments.times,
-        'median_seconds': {name: round(median(values), 3) for name, values in seconds.items()},
+        'median_seconds': {name: round(value, 3) for name, value in seconds.items()},
         'environment': environment(),
     }
     write_atomically(Path(__file__).with_suffix('.json'), json.dumps(report, indent=1) + '\n')

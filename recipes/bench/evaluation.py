@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -20,6 +19,7 @@ import foolbox
 import timm
 import torch
 from pyautoattack import AutoAttack
+from timing import in_turns
 from torch import Tensor, nn
 
 import timm_batchout  # noqa: F401
@@ -46,15 +46,20 @@ def in_turn(first: Callable[[], int], second: Callable[[], int], times: int, war
         times: Runs of each that count.
         warm_up: Run each once more before; not worth it for minutes.
     """
-    right = [first(), second()] if warm_up else []
-    seconds: tuple[list[float], list[float]] = [], []
-    for _ in range(times):
-        for side, run in zip(seconds, (first, second), strict=True):
-            start = time.perf_counter()
-            right.append(run())
-            side.append(time.perf_counter() - start)
-    ours, theirs = median(seconds[0]), median(seconds[1])
-    return {'ours_seconds': ours, 'theirs_seconds': theirs, 'ratio': ours / theirs, 'right': right[:2]}
+    right: dict[str, int] = {}
+
+    def noted(name: str, run: Callable[[], int]) -> Callable[[], None]:
+        return lambda: right.update({name: run()})
+
+    sides = {'ours': noted('ours', first), 'theirs': noted('theirs', second)}
+    seconds = in_turns(sides, times, warm_up=warm_up)
+    ratio = seconds['ours'] / seconds['theirs']
+    return {
+        'ours_seconds': seconds['ours'],
+        'theirs_seconds': seconds['theirs'],
+        'ratio': ratio,
+        'right': list(right.values()),
+    }
 
 
 @contextmanager

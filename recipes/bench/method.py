@@ -8,15 +8,14 @@ same tensor, a training step of a twin with one of the plain net, an adversarial
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import timm
 import torch
+from timing import in_turns
 from torch import Tensor, nn
 
 from timm_batchout import batchout, batchout_sites, gaussian_noise
@@ -30,6 +29,7 @@ SHAPES = {
     'tokens 64x197x384': (64, 197, 384),
     'features 128x512': (128, 512),
 }
+FILL = 0.005  # seconds of a turn
 # A batch of m samples is read and written once, and n = m / 2 partners are read: 2.5 m; a copy moves 2 m. In place
 # only the augmented half moves: 1.5 m.
 FLOOR = {'new tensor': 1.25, 'in place': 0.75}
@@ -52,24 +52,6 @@ OBJECTIVES = {
 }
 
 
-def in_turns(candidates: dict[str, Callable[[], Any]], repeats: int, at_least: float = 0.005) -> dict[str, float]:
-    """Median seconds of each candidate. They take turns; short ones are repeated to fill ``at_least`` seconds."""
-    calls = {}
-    for name, candidate in candidates.items():
-        candidate()
-        started = time.perf_counter()
-        candidate()
-        calls[name] = max(1, round(at_least / max(time.perf_counter() - started, 1e-9)))
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
-        for name, candidate in candidates.items():
-            started = time.perf_counter()
-            for _ in range(calls[name]):
-                candidate()
-            seconds[name].append((time.perf_counter() - started) / calls[name])
-    return {name: median(values) for name, values in seconds.items()}
-
-
 def layer(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """The share of the memory floor that ``batchout`` reaches, and the time of ``gaussian_noise`` relative to it."""
     x = torch.rand(shape).to(dtype)
@@ -85,6 +67,7 @@ def layer(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str,
             'normal draws': lambda: torch.randn_like(x[: len(x) // 2]),
         },
         repeats,
+        FILL,
     )
     shares = {name: floor * seconds['copy'] / seconds[name] for name, floor in FLOOR.items()}
     return {
@@ -131,7 +114,7 @@ def twin(name: str, size: int, side: int, compiled: bool, repeats: int) -> dict[
         if compiled:
             model.compile(backend='inductor')
         candidates[which] = training_step(model, plain, images, labels)
-    seconds = in_turns(candidates, repeats)
+    seconds = in_turns(candidates, repeats, FILL)
     ratio = seconds[f'batchout_{name}'] / seconds[name]
     return {'batch': size, 'side': side, 'sites': sites, 'seconds': seconds[name], 'ratio': round(ratio, 3)}
 
@@ -147,7 +130,7 @@ def objectives(name: str, size: int, side: int, repeats: int) -> dict[str, Any]:
         for title, config in {'cross-entropy': ObjectiveConfig(), **OBJECTIVES}.items()
         for which, net in nets.items()
     }  # fmt: skip
-    seconds = in_turns({f'{title}|{which}': step for (title, which), step in steps.items()}, repeats)
+    seconds = in_turns({f'{title}|{which}': step for (title, which), step in steps.items()}, repeats, FILL)
     plain = seconds['cross-entropy|without']
     ratios = {
         title: {f'{which}_batchout': round(seconds[f'{title}|{which}'] / plain, 2) for which in nets}

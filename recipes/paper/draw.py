@@ -52,6 +52,7 @@ def draw(figure: dict[str, Any], path: Path) -> None:
     Nets with masked gradients are dashed: their accuracy is overstated.
     """
     panels = PANELS[figure['figure']]
+    figure = {**figure, 'masked': masked(figure)}
     canvas, axes = pyplot().subplots(
         1, len(panels), figsize=(max(5.4, 4.2 * len(panels)), 4.0), squeeze=False, layout='constrained'
     )
@@ -92,7 +93,7 @@ def _over_epsilon(ax: Any, figure: dict[str, Any]) -> None:
     xs = [0.0, *(parse_radius(radius) for radius in attacked)]
     for label in clean:
         ys = [clean[label], *(values[label] for values in attacked.values())]
-        _band(ax, xs, ys, label, label in masked(figure))
+        _band(ax, xs, ys, label, label in figure['masked'])
     ax.set_xticks(xs, ['0', *attacked], fontsize='small')
     ax.set(xlabel='FGSM, epsilon in [0, 1] pixels', ylabel='accuracy, %', ylim=(0, 100))
 
@@ -102,7 +103,7 @@ def _over_iterations(attack: str, name: str) -> Panel:
         attacked = curve(figure, attack)
         for label in by_label(figure, 'clean'):
             ys = [values[label] for values in attacked.values()]
-            _band(ax, range(1, len(attacked) + 1), ys, label, label in masked(figure))
+            _band(ax, range(1, len(attacked) + 1), ys, label, label in figure['masked'])
         ax.set(xlabel=f'{name}, iterations', ylabel='accuracy, %', ylim=(0, 100))
 
     return panel

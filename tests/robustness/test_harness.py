@@ -321,7 +321,7 @@ class Tuple(nn.Module):
             "steps of pgd must be a whole number.* got 'abc'",
         ),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'steps': 0}}}, 'steps of pgd must be a whole number, 1 or more'),
-        ({'attacks': ['pgd'], 'settings': {'pgd': {'n': 2.5}}}, 'n of pgd must be a whole number, 0 or more, got 2.5'),
+        ({'attacks': ['pgd'], 'settings': {'pgd': {'n': 2.5}}}, 'n of pgd must be a whole number, 1 or more, got 2.5'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'rel_stepsize': 'x'}}}, 'rel_stepsize of pgd must be a number'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'random_start': 1}}}, 'must be true or false, got 1'),
         ({'attacks': ['pgd'], 'settings': {'pgd': {'eps': [None]}}}, 'epsilon must be a number'),
@@ -536,8 +536,9 @@ def test_attacks_with_images_and_radii_of_their_own(net, digits):
     }  # fmt: skip
     alone = evaluate(net, *digits, ['pgd'], ['0.1'], n=7, settings={'pgd': {'steps': 3}}, batch_size=4)
     assert alone.score('pgd', '0.1') == report.score('pgd', '0.1')
-    with pytest.raises(ValueError, match=r'n of pgd must lie in \[1, 60\], the images, got 61'):
-        evaluate(net, *digits, ['pgd'], settings={'pgd': {'n': 61}})
+    for wrong in (0, 61):
+        with pytest.raises(ValueError, match=f'n of pgd must lie in .1, 60., the images, got {wrong}'):
+            evaluate(net, *digits, ['pgd'], settings={'pgd': {'n': wrong}})
 
 
 @dataclass(frozen=True, kw_only=True)

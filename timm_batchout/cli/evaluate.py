@@ -69,7 +69,7 @@ def run(config: EvaluateConfig) -> int:
     from timm_batchout.robustness.chunks import Chunks
     from timm_batchout.robustness.harness import evaluate
 
-    as_attacks(config.attacks, config.settings)
+    attacks = list(as_attacks(config.attacks, config.settings).values())
     if config.figure and not config.output:
         raise ValueError('A figure is drawn from a report. Add an --output.')
     radii = [parse_radius(eps) for eps in config.eps]
@@ -90,10 +90,9 @@ def run(config: EvaluateConfig) -> int:
         report = evaluate(
             model.to(device),
             images,
-            attacks=config.attacks,
+            attacks=attacks,
             eps=config.eps,
             eps_l2=config.eps_l2,
-            settings=config.settings,
             transfer_from=_load(config.transfer_from, '').to(device) if config.transfer_from else None,
             n=config.images,
             audit=config.audit,

@@ -43,7 +43,7 @@ class Entry:
         report: Its robustness report.
         run: Recipe and metrics of its training; empty if unknown.
         sha256: Hash of the weights file.
-        twin: The report of the same net without defence; None if there is none.
+        twin: The report of the same net without defence, to compare with; None: no comparison.
         nets: Names of nets by the ``weights_sha256`` of their reports, to name the nets that transferred images.
         examples: Whether the repository has a picture of adversarial images.
     """

@@ -102,7 +102,7 @@ class Attack(ABC):
     A subclass (a frozen dataclass with ``name`` and ``run``) can be given to ``evaluate`` like those of this module.
 
     Args:
-        n: Attack only the first n of the drawn images; 0: all of them.
+        n: Attack only the first n of the drawn images; None: all of them.
         eps: Radii of this attack, as ``evaluate`` takes them; empty: those of ``evaluate``.
 
     Attributes:
@@ -116,7 +116,7 @@ class Attack(ABC):
         ValueError: A setting of the wrong type or out of range.
     """
 
-    n: int = 0
+    n: int | None = None
     eps: Sequence[str | float] = ()
 
     name: ClassVar[str]
@@ -128,17 +128,18 @@ class Attack(ABC):
         if not isinstance(self.eps, (list, tuple)):
             object.__setattr__(self, 'eps', (self.eps,))
         for setting in fields(self):
-            if setting.name != 'eps':
-                self._check(setting.name, getattr(self, setting.name), setting.default)
+            value = getattr(self, setting.name)
+            if setting.name != 'eps' and not (value is None and setting.default is None):
+                self._check(setting.name, value, setting.default)
 
     def _check(self, setting: str, value: Any, default: Any) -> None:
         """A value has the type of the default; a list is a choice from it."""
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if isinstance(default, bool):
             fits, wanted = isinstance(value, bool), 'true or false'
-        elif isinstance(default, int):
-            least = min(default, 1)  # n=0 means all
-            fits, wanted = number and isinstance(value, int) and value >= least, f'a whole number, {least} or more'
+        elif isinstance(default, int) or default is None:  # n: its range is checked where the images are known
+            whole = number and isinstance(value, int)
+            fits, wanted = whole and (value > 0 or default is None), 'a whole number, 1 or more'
         elif isinstance(default, float):
             fits, wanted = number and 0 <= value < math.inf, 'a number, 0 or more'
         else:
@@ -151,7 +152,7 @@ class Attack(ABC):
         """For reports: its own settings, then ``n`` and ``eps`` if they are set."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         shared = {name: values.pop(name) for name in ('n', 'eps')}
-        return values | {name: value for name, value in shared.items() if value}
+        return values | {name: value for name, value in shared.items() if value not in (None, [])}
 
     @abstractmethod
     def run(self, batch: Batch) -> Outcome:
@@ -268,8 +269,7 @@ class Transfer(PGD):
     loss = ''
 
     def _crafted_on(self, batch: Batch) -> PixelModel:
-        if batch.source is None:
-            raise ValueError("'transfer' needs transfer_from, the model that its images are crafted on.")
+        assert batch.source is not None, 'evaluate refuses transfer without transfer_from'
         return batch.source
 
 

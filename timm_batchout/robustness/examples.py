@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_batchout.data.images import Images
-from timm_batchout.drawing import pyplot, save_figure
+from timm_batchout.drawing import literal, pyplot, save_figure
 from timm_batchout.pixels import PixelModel, frozen, gradient_sign, modes_kept
 from timm_batchout.robustness.inputs import drawn, in_pixels, read_pixels
 from timm_batchout.text import format_radius
@@ -66,7 +66,7 @@ def _pgd(net: PixelModel, images: Tensor, labels: Tensor, radius: float) -> Tens
 def _draw(rows: Sequence[Tensor], before: Tensor, after: Tensor, names: list[str], radius: float, path: Path) -> None:
     def seen(probabilities: Tensor) -> str:
         number = int(probabilities.argmax())
-        return f'{names[number] if names else number} {probabilities.max():.0%}'.replace('$', r'\$')
+        return literal(f'{names[number] if names else number} {probabilities.max():.0%}')
 
     count = len(before)
     figure, axes = pyplot().subplots(

@@ -202,8 +202,8 @@ class _Work:
 
 
 def _plan(attack: Attack, radii: Mapping[str, list[float]], images: int) -> Plan:
-    n = attack.n or images
-    if n > images:
+    n = images if attack.n is None else attack.n
+    if not 0 < n <= images:
         raise ValueError(f'n of {attack.name} must lie in [1, {images}], the images, got {n}.')
     norm = 'L2' if attack.norm == 'L2' else 'Linf'  # standard deviations of 'noise' are bounded like Linf radii
     return n, _radii(attack.eps, norm) if attack.eps else radii[norm]

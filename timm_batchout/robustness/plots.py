@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_batchout.drawing import pyplot, save_figure
+from timm_batchout.drawing import literal, pyplot, save_figure
 from timm_batchout.robustness.report import Report, Variant
 from timm_batchout.robustness.tables import TITLES, attack_title
 from timm_batchout.text import format_radius
@@ -66,8 +66,7 @@ def draw_curves(reports: Sequence[Report], path: str | Path) -> None:
         ax.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel('robust accuracy, %')
-    names = [report.model.replace('$', r'\$') for report in reports]  # else a formula begins
-    lines = [Line2D([], [], color=f'C{i}', marker='.', label=name) for i, name in enumerate(names)]
+    lines = [Line2D([], [], color=f'C{i}', marker='.', label=literal(r.model)) for i, r in enumerate(reports)]
     if any_masked:
         lines.append(Line2D([], [], color='gray', linestyle='--', label='dashed: gradients masked, overstated'))
     figure.legend(handles=lines, loc='outside upper center', ncols=columns)

@@ -161,7 +161,7 @@ class TrainConfig:
         checkpoint: Checkpoints to resume from.
         quiet: Print nothing but errors.
         trackers: Accelerate's trackers to log to, by name: tensorboard, trackio, wandb, ...
-        resume: Continue from the newest intact checkpoint in ``output``. 'auto': start a new run if there is none.
+        resume: Continue from the newest intact checkpoint in ``output``. 'auto': or start a new run.
         allow_changes: Resume even if the recipe differs from the checkpoint's.
         dry_run: Print the resolved recipe, parameters, BatchOut sites and estimated memory, and train nothing.
     """

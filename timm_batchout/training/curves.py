@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm_batchout.drawing import pyplot, save_figure
+from timm_batchout.drawing import literal, pyplot, save_figure
 from timm_batchout.training.config import METRICS
 
 __all__ = ['draw_training', 'read_metrics', 'training_table']
@@ -83,7 +83,7 @@ def draw_training(runs: Mapping[str, Metrics], path: str | Path) -> None:
             for field, style in zip(fields, ('-', '--'), strict=True):
                 points = [(record['epoch'], scale * record[field]) for record in metrics if field in record]
                 if points:
-                    label = name.replace('$', r'\$') if style == '-' else None
+                    label = literal(name) if style == '-' else None
                     ax.plot(*zip(*points, strict=True), style, color=f'C{number}', marker='.', label=label)
         ax.set(title=title, xlabel='epoch')
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -13,10 +13,10 @@ demo: .venv/installed
 	$(BIN)/python recipes/demo.py
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses=auto
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 coverage: .venv/installed
-	$(BIN)/python -m pytest --numprocesses=auto --cov=timm_batchout --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal --cov=timm_batchout --cov-report=term
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

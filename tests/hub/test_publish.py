@@ -138,6 +138,7 @@ except ConnectionError as error: print(error)
     assert 'me/mnist_cnn.baseline_mnist is not in the cache, and huggingface_hub is in offline mode' in offline
 
 
+@pytest.mark.slow
 def test_a_trained_twin_is_published_as_the_stock_net(hub, tmp_path):
     """And loads where this package is not."""
     code = """
@@ -202,6 +203,7 @@ print('edited', main(command), 'as I see it' in card())
     assert 'Trained on a boat.' in (tmp_path / 'cards' / 'net' / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_pushing_against_the_wind(hub, tmp_path):
     """No token, a bad one, one that may not write; others who push meanwhile; a connection that breaks."""
     name = 'mnist_cnn.baseline_mnist'

@@ -276,7 +276,7 @@ def test_killed_and_resumed(tmp_path, capsys):
 
 def test_autoattack(net, digits):
     pytest.importorskip('pyautoattack')
-    images, labels = digits[0][:12], digits[1][:12]
+    images, labels = digits[0][:6], digits[1][:6]
     state = torch.get_rng_state()
     report = evaluate(net, images, labels, ['autoattack', 'pgd'], ['0.05'])
     assert torch.equal(torch.get_rng_state(), state)

@@ -57,7 +57,9 @@ def test_planted_nets_are_caught(name, sign, digits):
     assert any(sign in reason for reason in audited(planted.MASKING[name](), digits).suspicions)
 
 
-@pytest.mark.parametrize('name', ['CNN', 'MLP, tanh', 'linear', 'PGD training, MLP', 'BatchOut'])
+@pytest.mark.parametrize(
+    'name', [pytest.param('CNN', marks=pytest.mark.slow), 'MLP, tanh', 'linear', 'PGD training, MLP', 'BatchOut']
+)
 def test_honest_nets_are_not_accused_by_any_seed(name, digits):
     model, source = planted.HONEST[name](), PixelModel(planted.plain_mlp())
     for seed in range(3):

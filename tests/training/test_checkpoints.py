@@ -131,19 +131,21 @@ def resume(tmp_path, output):
 
 # 1,294 training images: 40 forwards an epoch alone, 20 each on two processes; checkpoints every 14 and at epochs' ends.
 def test_killed_at_the_end_of_an_epoch_and_resumed(tmp_path, alone, killed):
+    """The recipe that it leaves is that of the run that was killed, not of one that resumes."""
     output = shutil.copytree(killed, tmp_path / 'run')
     for later in (output / 'checkpoints').glob('step_*'):  # the kill may have come after another checkpoint
         if later.name > 'step_000000040':
             shutil.rmtree(later)
     assert resume(tmp_path, output) == alone
+    before, after = (yaml.safe_load((run / 'config.yaml').read_text()) for run in (killed, output))
+    assert after.pop('output') != before.pop('output') and after == before
 
 
 def test_killed_within_an_epoch_and_resumed_by_another_process(tmp_path, alone):
     output = tmp_path / 'run'
     kill_at(output / 'checkpoints' / 'step_000000054', start(ALONE, arguments(tmp_path, output)))
     assert not (output / 'model.safetensors').exists()
-    finish(start(ALONE, arguments(tmp_path, output, resume='true')))
-    assert outcome(output) == alone
+    assert resume(tmp_path, output) == alone
 
 
 @pytest.mark.slow
@@ -160,11 +162,12 @@ def test_two_processes_killed_and_resumed(tmp_path):
     assert set(load_file(output / 'model.safetensors')) == set(timm.create_model('mnist_cnn').state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Without dropout and BatchOut, 2 x 32 images are 1 x 64."""
     same = dict(model='mnist_cnn', model_args='{drop_rate: 0.0}', accumulate=1, epochs=1, optimizer__name='sgd')
-    finish(start(ALONE, arguments(tmp_path, tmp_path / 'one', batch_size=64, **same)))
+    assert main(arguments(tmp_path, tmp_path / 'one', batch_size=64, **same)) == 0
     finish(start(TWO, arguments(tmp_path, tmp_path / 'two', batch_size=32, **same)))
     one, two = (load_file(tmp_path / name / 'model.safetensors') for name in ('one', 'two'))
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
@@ -370,13 +373,6 @@ def test_a_run_that_never_saved_leaves_a_folder_to_start_in(tmp_path, monkeypatc
     )
 
 
-def test_the_recorded_recipe_repeats_the_run(tmp_path, alone, killed):
-    output = shutil.copytree(killed, tmp_path / 'run')
-    assert resume(tmp_path, output) == alone
-    assert main(['train', '--config', str(output / 'config.yaml'), '--output', str(tmp_path / 'again')]) == 0
-    assert outcome(tmp_path / 'again') == alone
-
-
 def test_resume_auto_starts_where_there_is_nothing(tmp_path, capsys):
     output = tmp_path / 'run'
     assert main(arguments(tmp_path, output, resume='auto', epochs=1)) == 0
@@ -422,10 +418,9 @@ def test_a_dry_run_describes_and_writes_nothing(tmp_path, capsys):
     assert not output.exists()
 
 
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
-def test_compiled_training_takes_the_same_steps(tmp_path, alone, backend):
+def test_compiled_training_takes_the_same_steps(tmp_path, alone):
     torch._dynamo.reset()
-    assert main(arguments(tmp_path, tmp_path / 'run', compile=backend)) == 0
+    assert main(arguments(tmp_path, tmp_path / 'run', compile='aot_eager')) == 0
     compiled, expected = (load_file(tmp_path / 'run' / 'model.safetensors'), alone[0])
     (tmp_path / 'expected.safetensors').write_bytes(expected)
     for name, tensor in load_file(tmp_path / 'expected.safetensors').items():

@@ -69,6 +69,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, 'record_event'), reason="fully_shard of this torch needs a GPU's streams"

@@ -43,11 +43,18 @@ def finished(tmp_path_factory):
     return output
 
 
-def test_quiet_prints_nothing_and_changes_nothing(finished, tmp_path, capfd):
-    assert run(tmp_path / 'quiet', '--epochs', '4', '--optimizer.lr', '2e-3', '--quiet') == 0
+def test_the_recorded_config_repeats_the_run_bit_for_bit_and_quietly_if_told(finished, tmp_path, capfd):
+    again = tmp_path / 'again'
+    capfd.readouterr()
+    assert main(['train', '--config', str(finished / 'config.yaml'), '--output', str(again), '--quiet']) == 0
     assert ''.join(capfd.readouterr()) == ''
-    assert lines(tmp_path / 'quiet') == lines(finished)
-    model = str(tmp_path / 'quiet' / 'model.safetensors')
+    assert lines(again) == lines(finished)
+    assert (again / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
+
+
+def test_a_quiet_evaluation_prints_nothing(finished, tmp_path, capfd):
+    model = str(finished / 'model.safetensors')
+    capfd.readouterr()
     command = ['evaluate', 'mnist_cnn', '--checkpoint', model, '--data.name', 'digits', '--images', '20', '--quiet']
     assert main([*command, '--audit', 'false', '--output', str(tmp_path / 'report.json')]) == 0
     assert main([*command, '--audit', 'false', '--expect', str(tmp_path / 'report.json')]) == 0
@@ -88,13 +95,6 @@ def test_weights_are_the_plain_nets_and_score_as_stated(finished, tmp_path):
     assert report.score('clean').correct == result['metrics']['test_correct']
     assert report.score('fgsm', '0.1').correct < report.score('fgsm', '8/255').correct
     assert report.score('fgsm', '8/255').correct <= report.score('clean').correct
-
-
-def test_the_recorded_config_repeats_the_run_bit_for_bit(finished, tmp_path):
-    again = tmp_path / 'again'
-    assert main(['train', '--config', str(finished / 'config.yaml'), '--output', str(again)]) == 0
-    assert lines(again) == lines(finished)
-    assert (again / 'model.safetensors').read_bytes() == (finished / 'model.safetensors').read_bytes()
 
 
 def test_a_run_whose_recipe_is_older_than_a_field_resumes(finished, tmp_path):

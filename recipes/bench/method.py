@@ -1,6 +1,7 @@
 """What BatchOut and adversarial training cost, as ratios measured side by side in one run, into method.json.
 
-    python recipes/bench/method.py            about ten minutes on one idle core
+    python recipes/bench/method.py                          about ten minutes on one idle core
+    python recipes/bench/method.py --device cuda --bf16     a few minutes, into method-cuda.json
 
 The candidates of each comparison take turns, and the medians of their times are compared: the layer with a copy of the
 same tensor, a training step of a twin with one of the plain net, an adversarial training step with a plain one.
@@ -9,6 +10,7 @@ same tensor, a training step of a twin with one of the plain net, an adversarial
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.training.config import ObjectiveConfig
 from timm_batchout.training.objectives import Objective
 
-RESULT = Path(__file__).with_name('method.json')
+HERE = Path(__file__).parent
 SHAPES = {
     'conv map 128x64x32x32': (128, 64, 32, 32),
     'tokens 64x197x384': (64, 197, 384),
@@ -52,9 +54,9 @@ OBJECTIVES = {
 }
 
 
-def layer(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str, float]:
+def layer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, float]:
     """The share of the memory floor that ``batchout`` reaches, and the time of ``gaussian_noise`` relative to it."""
-    x = torch.rand(shape).to(dtype)
+    x = torch.rand(shape).to(device, dtype)
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
     eta = (0.0, 0.1)
@@ -78,89 +80,100 @@ def layer(shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> dict[str,
     }
 
 
-def training_step(model: nn.Module, objective: Objective, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """Forward, loss, backward and an SGD step on the same batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    model.train()
+@dataclass
+class Bench:
+    """Training steps on a device, with the forward pass in bfloat16 if asked for."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        objective(model, images, labels).backward()
-        optimizer.step()
+    device: torch.device
+    bf16: bool
+    repeats: int
 
-    return step
+    def twin(self, name: str, size: int, side: int, compiled: bool) -> dict[str, Any]:
+        """The time of a training step of ``batchout_<name>`` relative to one of ``name``."""
+        plain = Objective(ObjectiveConfig())
+        candidates = {}
+        for which in (name, f'batchout_{name}'):
+            model = self._create(which, side)
+            sites = len(batchout_sites(model))
+            images, labels = self._batch(model, size, side)
+            if compiled:
+                model.compile(backend='inductor')
+            candidates[which] = self._step(model, plain, images, labels)
+        seconds = in_turns(candidates, self.repeats, FILL)
+        ratio = seconds[f'batchout_{name}'] / seconds[name]
+        return {'batch': size, 'side': side, 'sites': sites, 'seconds': seconds[name], 'ratio': round(ratio, 3)}
 
+    def objectives(self, name: str, size: int, side: int) -> dict[str, Any]:
+        """The time of an adversarial training step relative to a plain one, without and with BatchOut."""
+        nets = {'without': self._create(name, side), 'with': self._create(f'batchout_{name}', side)}
+        images, labels = self._batch(nets['without'], size, side)
+        steps = {
+            (title, which): self._step(net, Objective(config, list(batchout_sites(net).values())), images, labels)
+            for title, config in {'cross-entropy': ObjectiveConfig(), **OBJECTIVES}.items()
+            for which, net in nets.items()
+        }
+        repeats = max(3, self.repeats // 3)
+        seconds = in_turns({f'{title}|{which}': step for (title, which), step in steps.items()}, repeats, FILL)
+        plain = seconds['cross-entropy|without']
+        ratios = {
+            title: {f'{which}_batchout': round(seconds[f'{title}|{which}'] / plain, 2) for which in nets}
+            for title in ('cross-entropy', *OBJECTIVES)
+        }
+        return {'batch': size, 'seconds_of_a_plain_step': plain, 'ratios': ratios}
 
-def batch_of(model: nn.Module, size: int, side: int) -> tuple[Tensor, Tensor]:
-    channels = model.pretrained_cfg['input_size'][0]  # type: ignore[index]
-    images = torch.rand(size, channels, side, side).contiguous(memory_format=torch.channels_last)
-    return images, torch.randint(int(model.num_classes), (size,))  # type: ignore[arg-type]
+    def _create(self, name: str, side: int) -> nn.Module:
+        args = {'img_size': side} if 'vit' in name and side != 224 else {}
+        torch.manual_seed(0)
+        return timm.create_model(name, **args).to(self.device, memory_format=torch.channels_last)
 
+    def _batch(self, model: nn.Module, size: int, side: int) -> tuple[Tensor, Tensor]:
+        channels = model.pretrained_cfg['input_size'][0]  # type: ignore[index]
+        images = torch.rand(size, channels, side, side, device=self.device)
+        labels = torch.randint(int(model.num_classes), (size,), device=self.device)  # type: ignore[arg-type]
+        return images.contiguous(memory_format=torch.channels_last), labels
 
-def create(name: str, side: int) -> nn.Module:
-    args = {'img_size': side} if 'vit' in name and side != 224 else {}
-    torch.manual_seed(0)
-    return timm.create_model(name, **args).to(memory_format=torch.channels_last)
+    def _step(self, model: nn.Module, objective: Objective, images: Tensor, labels: Tensor) -> Callable[[], None]:
+        """Forward, loss, backward and an SGD step on the same batch."""
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        model.train()
 
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                loss = objective(model, images, labels)
+            loss.backward()
+            optimizer.step()
 
-def twin(name: str, size: int, side: int, compiled: bool, repeats: int) -> dict[str, Any]:
-    """The time of a training step of ``batchout_<name>`` relative to one of ``name``."""
-    plain = Objective(ObjectiveConfig())
-    candidates = {}
-    for which in (name, f'batchout_{name}'):
-        model = create(which, side)
-        sites = len(batchout_sites(model))
-        images, labels = batch_of(model, size, side)
-        if compiled:
-            model.compile(backend='inductor')
-        candidates[which] = training_step(model, plain, images, labels)
-    seconds = in_turns(candidates, repeats, FILL)
-    ratio = seconds[f'batchout_{name}'] / seconds[name]
-    return {'batch': size, 'side': side, 'sites': sites, 'seconds': seconds[name], 'ratio': round(ratio, 3)}
-
-
-def objectives(name: str, size: int, side: int, repeats: int) -> dict[str, Any]:
-    """The time of an adversarial training step relative to a plain one, without and with BatchOut."""
-    nets = {'without': create(name, side), 'with': create(f'batchout_{name}', side)}
-    images, labels = batch_of(nets['without'], size, side)
-    steps = {
-        (title, which): training_step(
-            net, Objective(config, list(batchout_sites(net).values())), images, labels
-        )
-        for title, config in {'cross-entropy': ObjectiveConfig(), **OBJECTIVES}.items()
-        for which, net in nets.items()
-    }  # fmt: skip
-    seconds = in_turns({f'{title}|{which}': step for (title, which), step in steps.items()}, repeats, FILL)
-    plain = seconds['cross-entropy|without']
-    ratios = {
-        title: {f'{which}_batchout': round(seconds[f'{title}|{which}'] / plain, 2) for which in nets}
-        for title in ('cross-entropy', *OBJECTIVES)
-    }
-    return {'batch': size, 'seconds_of_a_plain_step': plain, 'ratios': ratios}
+        return step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--output', type=Path, default=RESULT)
+    parser.add_argument('--device', type=torch.device, default='cpu')
+    parser.add_argument('--bf16', action='store_true', help='training steps with the forward pass in bfloat16')
+    parser.add_argument('--output', type=Path, help='default: method.json, or method-DEVICE.json, beside this file')
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    report: dict[str, Any] = {'environment': environment(), 'repeats': arguments.repeats}
+    device = arguments.device
+    bench = Bench(device, arguments.bf16, arguments.repeats)
+    report: dict[str, Any] = {
+        'environment': environment(device), 'repeats': arguments.repeats, 'steps_in_bfloat16': arguments.bf16
+    }  # fmt: skip
     report['layer'] = {
         title: {
-            str(dtype).removeprefix('torch.'): layer(shape, dtype, 3 * arguments.repeats)
+            str(dtype).removeprefix('torch.'): layer(shape, dtype, device, 3 * arguments.repeats)
             for dtype in (torch.float32, torch.bfloat16)
         }
         for title, shape in SHAPES.items()
     }
-    report['step'] = {name: twin(name, *size, False, arguments.repeats) for name, size in STEPS.items()}
-    report['compiled_step'] = {name: twin(name, *STEPS[name], True, arguments.repeats) for name in COMPILED}
-    report['objectives'] = {
-        name: objectives(name, *STEPS[name], max(3, arguments.repeats // 3)) for name in ('mnist_cnn', 'cifar_vgg')
-    }
-    write_atomically(arguments.output, json.dumps(report, indent=1) + '\n')
+    report['step'] = {name: bench.twin(name, *size, False) for name, size in STEPS.items()}
+    report['compiled_step'] = {name: bench.twin(name, *STEPS[name], True) for name in COMPILED}
+    report['objectives'] = {name: bench.objectives(name, *STEPS[name]) for name in ('mnist_cnn', 'cifar_vgg')}
+    output = arguments.output or HERE / ('method.json' if device.type == 'cpu' else f'method-{device.type}.json')
+    write_atomically(output, json.dumps(report, indent=1) + '\n')
 
 
 if __name__ == '__main__':

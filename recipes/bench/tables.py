@@ -83,13 +83,17 @@ def commands(report: dict[str, Any]) -> list[str]:
 def method(report: dict[str, Any]) -> list[str]:
     """The layer against a copy, a training step of a twin against one of the plain net, and adversarial training."""
     environment = report['environment']
+    gpu = environment['device'] != 'cpu'
+    where = environment['hardware'] if gpu else f'{environment["cpu_threads"]} thread ({environment["hardware"]})'
+    bf16 = ', forward in bfloat16' * report.get('steps_in_bfloat16', False)
     lines = [
-        '## BatchOut',
+        f'## BatchOut{" on a GPU" * gpu}',
         '',
-        f'`method.py`: {environment["cpu_threads"]} thread ({environment["hardware"]}), torch {environment["torch"]}; '
-        f'candidates take turns, medians of {report["repeats"]} or more repeats.',
+        f'`method.py`: {where}, torch {environment["torch"]}; candidates take turns, medians of {report["repeats"]} or '
+        'more repeats.',
         '',
-        'A training step (forward, loss, backward, SGD) of the twin, relative to the same step of the plain net:',
+        f'A training step (forward, loss, backward, SGD{bf16}) of the twin, relative to the same step of the plain '
+        'net:',
         '',
         '| net | batch | sites | eager | compiled (inductor) |',
         '|---|---|---|---|---|',
@@ -112,6 +116,8 @@ def method(report: dict[str, Any]) -> list[str]:
             shares = ' | '.join(f'{values[f"share_of_floor, {how}"]:.0%}' for how in ('new tensor', 'in place'))
             noise = values['gaussian_noise_over_batchout'], values['normal_draws_over_batchout']
             lines.append(f'| {title} | {dtype} | {shares} | {noise[0]:.1f} | {noise[1]:.1f} |')
+    if gpu:
+        return [*lines, '', *adversarial(report)]
     lines += [
         '',
         'In place (before an in-place ReLU) the push on a conv map is close to the floor, so what it costs '
@@ -138,10 +144,38 @@ def adversarial(report: dict[str, Any]) -> list[str]:
     return [*lines, '']
 
 
+def gpu(report: dict[str, Any]) -> list[str]:
+    """What ran on a GPU: the tests, and each launch config with an interruption."""
+    lines = [
+        '## Launching on GPUs',
+        '',
+        f'`gpu.py`: {report["gpus"]} {report["environment"]["hardware"]}, torch {report["environment"]["torch"]}, '
+        f'`{report["model"]}`. The run is stopped after a checkpoint, resumed, and compared with one that was not.',
+        '',
+        '| | outcome | seconds |',
+        '|---|---|---|',
+    ]
+    rows = (f'| {name} | {step["outcome"]} | {step["seconds"]:.0f} |' for name, step in report['steps'].items())
+    return [*lines, *rows, '']
+
+
+SECTIONS = {
+    'method': method,
+    'method-cuda': method,
+    'training': training,
+    'training-cuda': training,
+    'evaluation': evaluation,
+    'commands': commands,
+    'gpu': gpu,
+}
+
+
 def main() -> None:
     lines = ['# Speed', '', 'Written by `tables.py` from the JSON beside it.', '']
-    for write in (method, training, evaluation, commands):
-        lines += write(json.loads((HERE / f'{write.__name__}.json').read_text()))
+    for name, write in SECTIONS.items():
+        path = HERE / f'{name}.json'
+        if path.is_file():  # those of a GPU only where one was at hand
+            lines += write(json.loads(path.read_text()))
     write_atomically(HERE / 'README.md', '\n'.join(lines))
 
 

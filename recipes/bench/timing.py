@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
+import torch
+
 __all__ = ['in_turns']
 
 
@@ -18,6 +20,8 @@ def in_turns(
         repeats: Turns that count.
         at_least: Repeat short candidates within a turn to fill this many seconds.
         warm_up: Run each once before the first turn.
+
+    A GPU works on while Python goes on, so every time is taken with nothing left to do on it.
     """
     calls = dict.fromkeys(candidates, 1)
     for name, candidate in candidates.items():
@@ -34,7 +38,14 @@ def in_turns(
 
 def _seconds(candidate: Callable[[], Any], calls: int = 1) -> float:
     """Mean time of a call."""
+    _wait()
     started = time.perf_counter()
     for _ in range(calls):
         candidate()
+    _wait()
     return (time.perf_counter() - started) / calls
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,6 +1,6 @@
 """How fast is training, and where does the time go? Ratios measured side by side, in one run, into training.json.
 
-    python recipes/bench/training.py --tar PATH/cifar10-jpeg.tar.xz --timm-train PATH/train.py --cores 0 1
+    python recipes/bench/training.py --timm-train PATH/train.py --cores 0 1
 
 Images per second of this package's loop against timm's own train.py (on the same images, in an image folder; same net,
 batch, precision, cores), and against the same steps on one batch in memory, which is what the arithmetic costs; two
@@ -13,10 +13,8 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,9 +22,12 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.optim import create_optimizer_v2
 
 import timm_batchout  # noqa: F401
+from timm_batchout.data.config import DataConfig
+from timm_batchout.data.memory import load_split
 from timm_batchout.provenance import environment, write_atomically
 
 HERE = Path(__file__).parent
@@ -35,20 +36,16 @@ IMAGE = (3, 32, 32)
 RATE = re.compile(r'Train: 1 .*\(\s*([\d.]+)s?,\s*([\d.]+)/s\)')  # timm's log: the average of the second epoch so far
 
 
-def extract(tar_file: Path, folder: Path, per_class: int) -> int:
-    """The first images of each class, as ``train/<class>/*`` and, a few, ``test/<class>/*``; how many to train on."""
-    counts: Counter[tuple[str, str]] = Counter()
-    limits = {'train': per_class, 'test': 10}
-    with tarfile.open(tar_file) as tar:
-        for member in tar:
-            part, name = Path(member.name).parts[-3:-1] if member.isfile() else ('', '')
-            content = tar.extractfile(member) if counts[part, name] < limits.get(part, 0) else None
-            if content is not None:
-                counts[part, name] += 1
-                path = folder / part / name / Path(member.name).name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.read())
-    return sum(count for (part, _), count in counts.items() if part == 'train')
+def extract(root: str, folder: Path, per_class: int) -> int:
+    """CIFAR-10's first images of each class as ``train/<class>/*.png``, a few in ``test``; how many to train on."""
+    for part, limit in (('train', per_class), ('test', 10)):
+        split = load_split(DataConfig('cifar10', root), train=part == 'train')
+        for label in range(10):
+            path = folder / part / str(label)
+            path.mkdir(parents=True)
+            for i in torch.nonzero(split.labels == label)[:limit, 0].tolist():
+                Image.fromarray(split.images[i].permute(1, 2, 0).numpy()).save(path / f'{i}.png')
+    return 10 * per_class
 
 
 def ours(folder: Path, model: str, batch: int, launcher: tuple[str, ...] = (), **flags: str) -> float:
@@ -141,7 +138,7 @@ def bookkeeping(folder: Path, model: str, batch: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--tar', type=Path, required=True, help='CIFAR-10 as train/<class>/* and test/<class>/*')
+    parser.add_argument('--data', default='data/cifar10', help='folder of CIFAR-10')
     parser.add_argument('--timm-train', type=Path, required=True, help="timm's train.py")
     parser.add_argument('--models', nargs='+', default=['batchout_cifar_vgg', 'batchout_test_resnet'])
     parser.add_argument('--batch', type=int, default=64)
@@ -158,7 +155,7 @@ def main() -> None:
     report: dict[str, Any] = {'cores': cores, 'batch': arguments.batch, 'repeats': arguments.repeats, 'models': {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        report['images'] = extract(arguments.tar, folder, arguments.per_class)
+        report['images'] = extract(arguments.data, folder, arguments.per_class)
         for model in arguments.models:
             report['models'][model] = compare(folder, model, arguments, cores)
         report['checkpoint_and_record_seconds'] = bookkeeping(folder, arguments.models[0], arguments.batch)
@@ -168,7 +165,8 @@ def main() -> None:
         sum(report['checkpoint_and_record_seconds'].values()) / epoch, 5
     )
     report['environment'] = environment(torch.device(arguments.device))
-    write_atomically(HERE / 'training.json', json.dumps(report, indent=1) + '\n')
+    name = 'training' if arguments.device == 'cpu' else f'training-{arguments.device}'
+    write_atomically(HERE / f'{name}.json', json.dumps(report, indent=1) + '\n')
     print(json.dumps(report, indent=1))
 
 

@@ -3,7 +3,13 @@
     timm-batchout evaluate mnist_cnn --checkpoint runs/pgd/model.safetensors --output report.json ...
     python recipes/paper/bundle_weights.py runs/pgd mnist_cnn.pgd_at_mnist report.json
 
-``--weights best.safetensors`` takes those of the epoch with the highest validation accuracy.
+``--weights best.safetensors`` takes those of the epoch with the highest validation accuracy. Large nets are bundled in
+half precision; what is measured is what is stored, so round first, then evaluate the rounded weights:
+
+    python recipes/paper/bundle_weights.py runs/pgd --half  # writes runs/pgd/half.safetensors
+    timm-batchout evaluate mnist_cnn --checkpoint runs/pgd/half.safetensors --output report.json ...
+    python recipes/paper/bundle_weights.py runs/pgd mnist_cnn.pgd_at_mnist report.json --weights half.safetensors
+
 README's table is made anew from the reports of all bundled weights.
 """
 
@@ -21,6 +27,7 @@ from timm_batchout.provenance import write_atomically
 from timm_batchout.robustness.inputs import weights_sha256
 from timm_batchout.robustness.report import Report
 from timm_batchout.robustness.tables import overview
+from timm_batchout.zoo.checkpoint import as_safetensors, read_checkpoint
 from timm_batchout.zoo.pretrained import FOLDER, bundled_cards
 
 README = Path(__file__).parents[2] / 'README.md'
@@ -29,10 +36,16 @@ README = Path(__file__).parents[2] / 'README.md'
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', type=Path)
-    parser.add_argument('name', help="the bundled model's 'arch.tag'")
-    parser.add_argument('report', type=Path)
+    parser.add_argument('name', nargs='?', help="the bundled model's 'arch.tag'")
+    parser.add_argument('report', nargs='?', type=Path)
     parser.add_argument('--weights', default='model.safetensors', help='file of the run')
+    parser.add_argument('--half', action='store_true', help='write half.safetensors from the weights, and stop')
     arguments = parser.parse_args()
+    if arguments.half:
+        write_half(arguments.run / arguments.weights)
+        return
+    if not arguments.report:
+        parser.error('name and report are needed, or --half.')
     arch, tag = arguments.name.split('.')
     result = json.loads((arguments.run / 'result.json').read_text())
     if result['model'] != arch:
@@ -52,6 +65,12 @@ def main() -> None:
     shutil.copyfile(file, FOLDER / f'{arguments.name}.safetensors')
     write_atomically(FOLDER / f'{arguments.name}.json', json.dumps(card, indent=1) + '\n')
     write_readme_table()
+
+
+def write_half(file: Path) -> None:
+    state = read_checkpoint(file)
+    half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    write_atomically(file.with_name('half.safetensors'), as_safetensors(half))
 
 
 def readme_table() -> str:

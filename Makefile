@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal
 
 coverage: .venv/installed
-	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal --cov=timm_batchout --cov-report=term
+	$(BIN)/python -m pytest --numprocesses=auto --dist=worksteal --cov
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

@@ -150,9 +150,8 @@ class Objective:
             clean = model(images)
         with self._batchout(config.batchout in ('both', 'adversarial')):
             attacked = model(adversarial)
-        return F.cross_entropy(clean, labels, label_smoothing=smoothing) + config.beta * _kl(attacked, clean) / len(
-            clean
-        )
+        divergence = _kl(attacked, clean) / len(images)
+        return F.cross_entropy(clean, labels, label_smoothing=smoothing) + config.beta * divergence
 
     def attack(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """The adversarial images of this mini-batch, detached."""

@@ -75,7 +75,7 @@ def stop_after_a_checkpoint(arguments: list[str], output: Path) -> bool:
         start_new_session=True,
     )  # fmt: skip
     ends = time.time() + LIMIT
-    while process.poll() is None and time.time() < ends and not list(output.glob('checkpoints/*')):
+    while process.poll() is None and time.time() < ends and not list(output.glob('checkpoints/step_*')):
         time.sleep(0.02)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -111,7 +111,8 @@ def main() -> None:
         if arguments.timm_train:
             options = ['--data', arguments.data, '--timm-train', arguments.timm_train, '--device', 'cuda']
             step('`training.py`', lambda: run(str(HERE / 'training.py'), *options) or 'written')
-    run(str(HERE / 'tables.py'))
+    if error := run(str(HERE / 'tables.py')):
+        raise SystemExit(error)
 
 
 if __name__ == '__main__':

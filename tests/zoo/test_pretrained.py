@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import timm
-from bundle_weights import readme_table
+import torch
+from bundle_weights import readme_table, write_half
+from safetensors.torch import load_file, save_file
 
 import timm_batchout  # noqa: F401
 from timm_batchout.cli.main import main
@@ -82,3 +84,15 @@ def test_readme_shows_every_bundled_model_as_reported():
     for name, report in REPORTS.items():
         assert f'| `{name}` | {100 * report.score("clean").accuracy:.2f} |' in table
     assert table in (ROOT / 'README.md').read_text(), 'README is behind: run recipes/paper/bundle_weights.py'
+
+
+def test_weights_that_are_stored_in_half_precision_are_trained_on_in_float32(tmp_path):
+    model = timm.create_model('mnist_cnn')
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    write_half(tmp_path / 'model.safetensors')
+    half = load_file(tmp_path / 'half.safetensors')
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    again = timm.create_model('mnist_cnn', checkpoint_path=str(tmp_path / 'half.safetensors'))
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, half[name].float())
+        assert torch.allclose(tensor, model.state_dict()[name], rtol=2**-11, atol=1e-7)

@@ -1,29 +1,31 @@
 """Which eta, and where, for nets deeper than the paper's? Trains small deep nets on CIFAR-10 and compares.
 
-    python recipes/twins/compare_eta.py --data image_folder --root PATH --label "CIFAR-10 (JPEG q75 copy)"
+    python recipes/twins/compare_eta.py --root data/cifar10      about three hours on one AVX2 core
 
-Finished runs under runs/twins are kept, so an interrupted comparison continues where it stopped. Writes eta.json and,
-from it, RESULTS.md.
+Measured on training images that are held out, because the default is chosen by it. Finished runs under runs/twins are
+kept, so an interrupted comparison continues where it stopped. Writes eta.json and, from it, RESULTS.md.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import timm
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from timm_batchout import batchout_sites
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.images import Split
-from timm_batchout.data.memory import data_label, load_split
+from timm_batchout.data.memory import data_label, load_data
 from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.harness import evaluate
-from timm_batchout.robustness.report import wilson
 from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.launch import train
 from timm_batchout.zoo.timm_twins import depth_scaled_eta
@@ -37,15 +39,18 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
         {**PIXELS, 'img_size': 32, 'patch_size': 8, 'embed_dim': 128, 'depth': 6, 'num_heads': 4},
     ),
 }
+NONE = 'no BatchOut'
 # Placement, and how many times the magnitude whose total matches the paper's net; None: no BatchOut.
 CANDIDATES: dict[str, tuple[str, float] | None] = {
-    'no BatchOut': None,
+    NONE: None,
     'every activation': ('act', 1.0),
-    'every activation, doubled': ('act', 2.0),
+    'every activation, x 2': ('act', 2.0),
+    'every activation, x 3': ('act', 3.0),
+    'every activation, x 4': ('act', 4.0),
     'every block': ('block', 1.0),
 }
 EPSILONS = ['1/255', '2/255', '4/255']
-DEEPFOOL_IMAGES = 500
+IMAGES, DEEPFOOL_IMAGES = 10_000, 500  # of those held out
 
 
 def options(net: str, candidate: str) -> tuple[str, dict[str, Any]]:
@@ -60,7 +65,7 @@ def options(net: str, candidate: str) -> tuple[str, dict[str, Any]]:
     return f'batchout_{arch}', {**model_args, 'sites': sites, 'eta': list(depth_scaled_eta(count, factor))}
 
 
-def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, runs: Path, test: Split) -> dict:
+def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, runs: Path, held_out: Split) -> dict:
     """Train (unless that was done), then clean accuracy, FGSM and DeepFool."""
     output = runs / f'{net}-{candidate}-{seed}'.replace(' ', '_').replace(',', '')
     scores = output / 'scores.json'
@@ -77,14 +82,14 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
                 optimizer=OptimizerConfig('adamw', lr=1e-3, weight_decay=0.05),
                 schedule=ScheduleConfig(warmup_epochs=1),
                 epochs=epochs,
+                eval_epochs=epochs,
+                channels_last=True,
                 batch_size=64,
                 seed=seed,
                 resume=(output / 'checkpoints').is_dir(),
             )
         )
     result = json.loads((output / 'result.json').read_text())
-    # Image folders are sorted by class: the first images of one would all be of one class.
-    some = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:DEEPFOOL_IMAGES]
     model = timm.create_model(name, checkpoint_path=str(output / 'model.safetensors'), **model_args)
     record = {
         'net': net,
@@ -93,8 +98,8 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'eta': model_args.get('eta'),
         'sites': len(batchout_sites(model)),
         'train_loss': result['metrics']['train_loss'],
-        'test': fgsm_accuracy(model, test),
-        'deepfool': median_distance(model, test.images[some], test.labels[some]),
+        'held_out': fgsm_accuracy(model, held_out),
+        'deepfool': median_distance(model, *held_out.read(slice(DEEPFOOL_IMAGES))),
         'recipe': result['recipe'],
         'environment': environment(),
     }
@@ -102,9 +107,9 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
     return record
 
 
-def fgsm_accuracy(model: nn.Module, test: Split) -> dict[str, Any]:
-    """Counts of the test images that are right: clean, and under FGSM at each radius."""
-    report = evaluate(model, test.images, test.labels, ['fgsm'], EPSILONS, batch_size=500, audit=False)
+def fgsm_accuracy(model: nn.Module, split: Split) -> dict[str, Any]:
+    """Counts of the images that are right: clean, and under FGSM at each radius."""
+    report = evaluate(model, split.images, split.labels, ['fgsm'], EPSILONS, batch_size=500, audit=False)
     scores = {epsilon: report.score('fgsm', epsilon) for epsilon in EPSILONS} | {'clean': report.score('clean')}
     counts = {name: {'correct': s.correct, 'accuracy': s.accuracy} for name, s in scores.items()}
     return {'n': report.n, 'clean': counts.pop('clean'), 'fgsm': counts}
@@ -129,65 +134,84 @@ def write_up(report: dict[str, Any]) -> str:
     """RESULTS.md, from the JSON alone."""
     first = report['results'][0]
     recipe = first['recipe']
-    n = first['test']['n']
-    intervals = [wilson(r['test']['clean']['correct'], n) for r in report['results']]
-    widest = max(50 * (high - low) for low, high in intervals)
+    seeds = sorted({r['seed'] for r in report['results']})
     lines = [
         '# eta for deep nets: a comparison',
         '',
         'Written by `compare_eta.py` from `eta.json`.',
         '',
         f'{report["data"]}, {recipe["epochs"]} epochs on {1 - recipe["data"]["val_fraction"]:.0%} of the training set, '
-        f'{recipe["optimizer"]["name"]} '
-        f'{recipe["optimizer"]["lr"]:g}, batch {recipe["batch_size"]}; {n} test images, so 95% intervals of '
-        f'±{widest:.1f} points or less for each accuracy. DeepFool: median L2 distance of those of '
-        f'{first["deepfool"]["n"]} test images that are classified right, {first["deepfool"]["steps"]} steps. Short '
-        'runs on a CPU: they rank choices, and say little about what long training reaches.',
+        f'{recipe["optimizer"]["name"]} {recipe["optimizer"]["lr"]:g}, batch {recipe["batch_size"]}. Accuracy in '
+        f'percent on {first["held_out"]["n"]} held-out training images: mean and standard deviation over seeds '
+        f'{", ".join(map(str, seeds))}; in italics the difference to no BatchOut, of the same seeds, with its 95% '
+        f'interval (Student). DeepFool: median L2 distance of those of {first["deepfool"]["n"]} images that are '
+        f'classified right, {first["deepfool"]["steps"]} steps. Short runs on a CPU: they rank choices, and say little '
+        'about what long training reaches.',
         '',
     ]
     for net in dict.fromkeys(r['net'] for r in report['results']):
-        lines += [
-            f'## {net}',
-            '',
-            '| BatchOut at | sites | eta up to | train loss | clean | '
-            + ' | '.join(f'FGSM {epsilon}' for epsilon in EPSILONS)
-            + ' | DeepFool |',
-            '|---' * (6 + len(EPSILONS)) + '|',
+        head = [
+            'BatchOut at',
+            'sites',
+            'eta up to',
+            'train loss',
+            'clean',
+            *(f'FGSM {e}' for e in EPSILONS),
+            'DeepFool',
         ]
-        for r in (r for r in report['results'] if r['net'] == net):
-            seed = f' (seed {r["seed"]})' if len({x['seed'] for x in report['results']}) > 1 else ''
-            row = [
-                r['candidate'] + seed,
-                str(r['sites'] or ''),
-                f'{r["eta"][1]:.3f}' if r['eta'] else '',
-                f'{r["train_loss"]:.3f}',
-                f'{100 * r["test"]["clean"]["accuracy"]:.2f}',
-                *(f'{100 * r["test"]["fgsm"][epsilon]["accuracy"]:.2f}' for epsilon in EPSILONS),
-                f'{r["deepfool"]["median_l2"]:.3f}',
+        lines += [f'## {net}', '', f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+        by_candidate: dict[str, list[dict[str, Any]]] = {}
+        for r in report['results']:
+            if r['net'] == net:
+                by_candidate.setdefault(r['candidate'], []).append(r)
+        for candidate, runs in by_candidate.items():
+            first = runs[0]
+            columns = zip(*map(_figures, runs), strict=True)
+            plain = zip(*map(_figures, by_candidate[NONE]), strict=True)
+            cells = [
+                _cell(values, None if candidate == NONE or i == 0 else others, digits)
+                for i, (values, others, digits) in enumerate(zip(columns, plain, (3, 2, 2, 2, 2, 3), strict=True))
             ]
-            lines.append(f'| {" | ".join(row)} |')
+            eta = f'{first["eta"][1]:.3f}' if first['eta'] else ''
+            lines.append(f'| {candidate} | {first["sites"] or ""} | {eta} | {" | ".join(cells)} |')
         lines.append('')
     return '\n'.join(lines)
 
 
+def _figures(run: dict[str, Any]) -> list[float]:
+    """Of one run: train loss, accuracies in percent, median distance."""
+    scores = [run['held_out']['clean'], *run['held_out']['fgsm'].values()]
+    return [run['train_loss'], *(100 * s['accuracy'] for s in scores), run['deepfool']['median_l2']]
+
+
+def _cell(values: Sequence[float], others: Sequence[float] | None, digits: int) -> str:
+    """Mean and standard deviation; then the difference to ``others``, the same seeds without BatchOut."""
+    text = f'{mean(values):.{digits}f} ± {stdev(values):.{digits}f}'
+    if others is None:
+        return text
+    gain = [a - b for a, b in zip(values, others, strict=True)]
+    half = student_t.ppf(0.975, len(gain) - 1) * stdev(gain) / len(gain) ** 0.5
+    return f'{text}, *{mean(gain):+.{digits}f} ± {half:.{digits}f}*'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', default='cifar10', help='data.name of the training config')
-    parser.add_argument('--root', required=True)
-    parser.add_argument('--label', default='')
+    parser.add_argument('--root', default='data/cifar10')
     parser.add_argument('--epochs', type=int, default=4)
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--nets', nargs='+', choices=list(NETS), default=list(NETS))
     parser.add_argument('--candidates', nargs='+', choices=list(CANDIDATES), default=list(CANDIDATES))
     parser.add_argument('--runs', type=Path, default=Path('runs/twins'))
     arguments = parser.parse_args()
-    data = DataConfig(name=arguments.data, root=arguments.root, label=arguments.label, val_fraction=0.7)
-    test = load_split(data, train=False)
+    if len(arguments.seeds) < 2:
+        raise SystemExit('error: --seeds takes two numbers or more.')
+    data = DataConfig('cifar10', arguments.root, val_fraction=0.7)
+    held_out = load_data(data)[1].select(torch.arange(IMAGES))
     results = [
-        measure(net, candidate, data, arguments.epochs, seed, arguments.runs, test)
+        measure(net, candidate, data, arguments.epochs, seed, arguments.runs, held_out)
+        for seed in arguments.seeds
         for net in arguments.nets
         for candidate in arguments.candidates
-        for seed in arguments.seeds
     ]
     if arguments.nets != list(NETS) or arguments.candidates != list(CANDIDATES):
         return  # a part of the comparison, run beside another: the last one, over all, writes

@@ -1,6 +1,6 @@
 """Everything that only a GPU shows, into the JSON files of this folder: python recipes/bench/gpu.py
 
-Each step takes at most ten minutes, is skipped if its result is there already, and is written when it is done, so the
+Each step is skipped if its result is there already, and is written when it is done, so the
 script can be stopped and started again:
 
 - the tests marked ``gpu``;
@@ -14,8 +14,6 @@ Then ``tables.py`` writes README.md anew.
 import argparse
 import importlib.util
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # accelerate needs it, too
 import torch
 
 from timm_batchout.provenance import environment, write_atomically
@@ -31,7 +30,7 @@ from timm_batchout.provenance import environment, write_atomically
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RESULT = HERE / 'gpu.json'
-LIMIT = 600  # seconds of a step
+LIMIT = 600  # seconds of a command
 CONFIGS = ('one_gpu', 'multi_gpu', 'fsdp2', 'deepspeed_zero2')
 TRAIN = [
     '-m', 'timm_batchout.cli', 'train', '--data.name', 'digits', '--batch_size', '64', '--epochs', '4',
@@ -41,7 +40,10 @@ TRAIN = [
 
 def run(*arguments: str) -> str:
     """Run this Python; the end of what it printed if it fails, or ''."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=LIMIT, cwd=ROOT)
+    try:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=LIMIT, cwd=ROOT)
+    except subprocess.TimeoutExpired:
+        return f'not done after {LIMIT} seconds'
     return '' if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
 
 
@@ -71,14 +73,14 @@ def launch(config: str, model: str, processes: int) -> str:
 def stop_after_a_checkpoint(arguments: list[str], output: Path) -> bool:
     """Kill the launcher and its processes as soon as a checkpoint lies there; whether that was before the end."""
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT,
-        start_new_session=True,
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
     )  # fmt: skip
     ends = time.time() + LIMIT
     while process.poll() is None and time.time() < ends and not list(output.glob('checkpoints/step_*')):
         time.sleep(0.02)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:  # torchrun's workers have sessions of their own, and would train on without it
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            one.kill()
     process.wait()
     return not (output / 'result.json').exists()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ['in_turns']
+__all__ = ['in_turns', 'wait']
 
 
 def in_turns(
@@ -38,14 +38,15 @@ def in_turns(
 
 def _seconds(candidate: Callable[[], Any], calls: int = 1) -> float:
     """Mean time of a call."""
-    _wait()
+    wait()
     started = time.perf_counter()
     for _ in range(calls):
         candidate()
-    _wait()
+    wait()
     return (time.perf_counter() - started) / calls
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Return when the GPU, if there is one, has nothing left to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timing import wait
 from timm.optim import create_optimizer_v2
 
 import timm_batchout  # noqa: F401
@@ -94,19 +95,14 @@ def arithmetic(model: str, batch: int, device: str, seconds: float = 20) -> floa
     steps, started = -3, time.perf_counter()
     while steps < 0 or time.perf_counter() - started < seconds:
         if steps == 0:
-            _wait(device)
+            wait()
             started = time.perf_counter()
         F.cross_entropy(net(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-    _wait(device)
+    wait()
     return batch * steps / (time.perf_counter() - started)
-
-
-def _wait(device: str) -> None:
-    if device == 'cuda':
-        torch.cuda.synchronize()
 
 
 def bookkeeping(folder: Path, model: str, batch: int) -> dict[str, float]:

@@ -68,6 +68,7 @@ def main() -> None:
 
 
 def write_half(file: Path) -> None:
+    """Beside the file, half.safetensors: its floating tensors rounded to float16."""
     state = read_checkpoint(file)
     half = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
     write_atomically(file.with_name('half.safetensors'), as_safetensors(half))

@@ -1,6 +1,6 @@
 """Which eta, and where, for nets deeper than the paper's? Trains small deep nets on CIFAR-10 and compares.
 
-    python recipes/twins/compare_eta.py --root data/cifar10      about three hours on one AVX2 core
+    python recipes/twins/compare_eta.py --root data/cifar10
 
 Measured on training images that are held out, because the default is chosen by it. Finished runs under runs/twins are
 kept, so an interrupted comparison continues where it stopped. Writes eta.json and, from it, RESULTS.md.

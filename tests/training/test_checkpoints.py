@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import timm
 import torch
@@ -92,8 +93,10 @@ def outcome(output):
 
 
 def kill_at(checkpoint, process):
+    """The launcher and its workers, which have sessions of their own and would train on without it."""
     wait_for(checkpoint, process)
-    os.killpg(process.pid, signal.SIGKILL)
+    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+        one.kill()
     process.wait()
 
 

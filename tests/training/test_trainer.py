@@ -320,6 +320,10 @@ def test_image_folder_and_tar_hold_the_same_images(tmp_path):
             ['--objective.name', 'fgsm', '--objective.norm', 'L2', '--objective.epsilon', '0.1'],
             "L2 needs objective 'pgd'",
         ),
+        (
+            ['--objective.name', 'fgsm_rs', '--objective.norm', 'L2', '--objective.epsilon', '0.5'],
+            "needs objective 'pgd' or 'trades'",
+        ),
         (['--model_args', '{num_classes: 1000000000000000}'], 'cannot be created with model_args'),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from timm_batchout import BatchOut, BatchOutConfig, batchout, functional, gaussian_noise
@@ -22,6 +23,11 @@ def algorithm_1(x, R, eta, k):
     d = x_r - x  # d <- X_r - X
     x[:k] = x[:k] + eta * d[:k]  # X[1:k] <- X[1:k] + eta . d[1:k]
     return x
+
+
+def in_channels_last(x):
+    """The same values, of a map (4 or 5 dims) with the channels last in memory."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if x.ndim > 3 else x
 
 
 def draws(x, n, eta, per_sample=True):
@@ -115,15 +121,51 @@ def test_gaussian_noise_is_relative_to_the_sample_that_is_pushed():
     assert shares[0].std() > 0.01 and shares[1].std() < 1e-5
 
 
-def test_gaussian_noise_equals_equation_5():
-    x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+@pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_gaussian_noise_equals_equation_5(shape, channels_last):
+    x = torch.randn(shape, dtype=torch.float64)
+    if channels_last:
+        x = in_channels_last(x)
     torch.manual_seed(1)
     out = gaussian_noise(x, k=0.5, eta=0.1)
     torch.manual_seed(1)
-    n = torch.randn_like(x[:4])
-    for j in range(4):
+    if channels_last and x.ndim > 3:  # drawn in the order of memory
+        n = torch.randn((3, *shape[2:], shape[1]), dtype=torch.float64).movedim(-1, 1)
+    else:
+        n = torch.randn((3, *shape[1:]), dtype=torch.float64)
+    for j in range(3):
         torch.testing.assert_close(out[j], x[j] + 0.1 * x[j].norm() * n[j] / n[j].norm())
-    assert torch.equal(out[4:], x[4:])
+    assert torch.equal(out[3:], x[3:])
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('select', ['first', 'random'])
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_push_stays_in_one_memory_format(method, select, shape):
+    """Across two of them (index_select makes its result contiguous) it takes five times as long."""
+
+    class Strides(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if 'lerp' in function.__name__:
+                seen.append((args[0].stride(), args[1].stride()))
+            return function(*args, **(kwargs or {}))
+
+    for x in (torch.randn(shape), in_channels_last(torch.randn(shape))):
+        seen = []
+        with Strides():
+            method(x, eta=(0.0, 0.1), select=select)
+        assert seen == [(x.stride(), x.stride())]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_memory_format_changes_no_bit(shape):
+    x = torch.randn(shape)
+    outs = []
+    for same in (x, in_channels_last(x)):
+        torch.manual_seed(1)
+        outs.append(batchout(same, eta=(0.0, 0.1)))
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -258,8 +258,8 @@ def _of_three_nets(figure: str, data: str, cost: str) -> list[Claim]:
 CLAIMS: list[Claim] = [
     *_of_three_nets('2', 'MNIST', 'little'),
     *_deepfool('2', 'MNIST', 'FGSM training is above the baseline', FGSM_AT, BASELINE),
-    *_of_three_nets('2-sgd', 'MNIST with SGD', 'little'),
-    *_deepfool('2-sgd', 'MNIST with SGD', 'FGSM training is above the baseline', FGSM_AT, BASELINE),
+    *_of_three_nets('2-adamw', 'MNIST with AdamW', 'little'),
+    *_deepfool('2-adamw', 'MNIST with AdamW', 'FGSM training is above the baseline', FGSM_AT, BASELINE),
     *_of_three_nets('3', 'CIFAR-10', 'no'),
     ('4a', "Training converges as fast (here: the last loss is at most 110% of the baseline's)", _converges),
     ('4b', 'FGSM 0.3: BatchOut at all layers is above every smaller choice', _everywhere_best),

@@ -70,8 +70,8 @@ def draw(figure: dict[str, Any], path: Path) -> None:
 
 def masked(figure: dict[str, Any]) -> set[str]:
     """Labels of the nets that are trained like others whose report marks masked scores."""
-    if figure['figure'] == '2-sgd':
-        reports = [json.loads((HERE / 'variants' / 'mnist_fgsm_at-sgd-0.json').read_text())]
+    if figure['figure'] == '2-adamw':
+        reports = [json.loads((HERE / 'variants' / 'mnist_fgsm_at-adamw-1.json').read_text())]
     else:
         tag = f'fgsm_at_{figure["nets"][0]["data"].partition(" ")[0].lower().replace("-", "")}'
         reports = [card['report'] for name, card in bundled_cards().items() if name.endswith(tag)]
@@ -145,7 +145,7 @@ OF_THREE_NETS = (
 OF_EACH_NET = (_of_each_net('clean'), _of_each_net('fgsm'))
 PANELS: dict[str, tuple[Panel, ...]] = {
     '2': OF_THREE_NETS,
-    '2-sgd': OF_THREE_NETS,
+    '2-adamw': OF_THREE_NETS,
     '3': OF_THREE_NETS,
     '4a': (_loss,),
     '4b': OF_EACH_NET,

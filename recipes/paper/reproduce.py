@@ -22,7 +22,7 @@ class ReproduceConfig:
     """The paper's figures: train what they need by the recipes, attack it, draw, and judge each claim.
 
     Args:
-        figure: 2, 2-sgd (its nets trained with SGD), 3, 4a, 4b, 5a, 5b or all.
+        figure: 2, 2-adamw (its nets trained with AdamW), 3, 4a, 4b, 5a, 5b or all.
         data: Where the data sets are: '{mnist: {root: PATH}, cifar10: {root: PATH}}', or other fields of the recipe's
             data, e.g. '{cifar10: {name: image_folder, root: PATH, label: NAME}}'.
         seeds: One run of every net for each.
@@ -36,7 +36,7 @@ class ReproduceConfig:
         deepfool_images: Test images for DeepFool.
     """
 
-    figure: Literal['2', '2-sgd', '3', '4a', '4b', '5a', '5b', 'all']
+    figure: Literal['2', '2-adamw', '3', '4a', '4b', '5a', '5b', 'all']
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     recipes: str = 'recipes/paper'

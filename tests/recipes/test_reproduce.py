@@ -56,10 +56,10 @@ def test_figures_of_the_digits(tmp_path, capsys):
     assert not list((tmp_path / 'runs').rglob('*.chunks'))
 
     run = tmp_path / 'runs' / 'mnist_baseline-1epochs-0' / 'result.json'
-    run.write_text(run.read_text().replace('"lr": 0.001', '"lr": 0.002'))
+    run.write_text(run.read_text().replace('"lr": 0.02', '"lr": 0.04'))
     capsys.readouterr()
     assert reproduce(tmp_path, '5b', '--seeds', '[0]') == 2
-    assert 'optimizer.lr: saved 0.002, now 0.001' in capsys.readouterr().err
+    assert 'optimizer.lr: saved 0.04, now 0.02' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 
-__all__ = ['in_turns', 'wait']
+__all__ = ['in_turns', 'turns', 'wait']
 
 
 def in_turns(
     candidates: Mapping[str, Callable[[], Any]], repeats: int, at_least: float = 0.0, warm_up: bool = True
 ) -> dict[str, float]:
-    """Median seconds of each candidate.
+    """Median seconds of each candidate; arguments are those of ``turns``."""
+    seconds = turns(candidates, repeats, at_least, warm_up)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def turns(
+    candidates: Mapping[str, Callable[[], Any]], repeats: int, at_least: float = 0.0, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each turn.
 
     Args:
         candidates: Functions by name.
@@ -33,7 +41,7 @@ def in_turns(
     for _ in range(repeats):
         for name, candidate in candidates.items():
             seconds[name].append(_seconds(candidate, calls[name]))
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _seconds(candidate: Callable[[], Any], calls: int = 1) -> float:

@@ -103,7 +103,7 @@ def test_the_nets_of_the_figures(tmp_path):
         for net in figure.nets:
             config = paper.config(figure, net, 0)
             assert configs.setdefault(config.output, config) == config
-            assert config.epochs == (3 if figure.sweep else 15 if 'mnist' in net.recipe else 13)
+            assert config.epochs == (3 if figure.sweep else 15 if 'mnist' in net.recipe else 40)
     eta = configs[str(tmp_path / 'runs' / 'mnist_batchout-C1+F1-3epochs-0')].model_args['eta']
     assert eta == {**MNIST_ETA, 'stages.1.act1': 0}
 

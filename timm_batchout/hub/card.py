@@ -29,7 +29,7 @@ LICENSES = {  # in the Hub's list; any other is 'other' there, with a name
 }  # fmt: skip
 EXAMPLES = 'examples.png'  # the picture of adversarial images, if there is one
 VERSIONS = ('python', 'timm-batchout', 'torch', 'timm')  # shown for the evaluation
-JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of the bundled CIFAR-10 weights
+JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of cifar_vgg.fgsm_at_cifar10
 
 
 @dataclass

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import timm
@@ -36,7 +36,7 @@ FILL = 0.005  # seconds of a turn
 # A batch of m samples is read and written once, and n = m / 2 partners are read: 2.5 m; a copy moves 2 m. In place
 # only the augmented half moves: 1.5 m.
 FLOOR = {'new tensor': 1.25, 'in place': 0.75}
-COPIES = ('fresh memory', 'memory at hand')  # the first access to a page of fresh memory costs more than the copy
+COPIES = ('new tensor', 'memory at hand')  # the first access to a page costs more than the copy
 STEPS = {  # model -> (batch size, image side)
     'mnist_cnn': (128, 28),
     'cifar_vgg': (128, 32),
@@ -59,31 +59,31 @@ OBJECTIVES = {
 def layer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, Any]:
     """The share of the memory floor that ``batchout`` reaches, and the time of ``gaussian_noise`` relative to it.
 
-    The floor is taken from copies into fresh memory and into memory at hand. The kernels are what remains of the
+    The floor is taken from copies into a new tensor and into memory at hand. The kernels are what remains of the
     method without its draws and checks: the partners have to be copied in place, where they are read before any sample
     changes, and in a new tensor no kernel of torch reads them where they are.
     """
     x = torch.rand(shape).to(device, dtype)
     if len(shape) == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-    laid_out = x.movedim(1, -1) if len(shape) == 4 else x  # as it lies in memory
+    as_in_memory = x.movedim(1, -1) if len(shape) == 4 else x
     eta, n = (0.0, 0.1), len(x) // 2
     partners = torch.randint(len(x), (n,), device=device)
     weight = torch.full((n,) + (1,) * (x.ndim - 1), 0.05, device=device, dtype=dtype)
 
     def kernels(out: Tensor) -> None:
-        out[:n].lerp_(laid_out.index_select(0, partners), weight)
+        out[:n].lerp_(as_in_memory.index_select(0, partners), weight)
 
     seconds = in_turns(
         {
-            'fresh memory': x.clone,
-            'memory at hand': partial(torch.empty_like(x).copy_, x),
+            'copy, new tensor': x.clone,
+            'copy, memory at hand': partial(torch.empty_like(x).copy_, x),
             'new tensor': partial(batchout, x, eta=eta),
-            'new tensor, kernels': lambda: kernels(laid_out.clone()),
+            'new tensor, kernels': lambda: kernels(as_in_memory.clone()),
             'in place': partial(batchout, x, eta=eta, inplace=True),
-            'in place, kernels': partial(kernels, laid_out),
+            'in place, kernels': partial(kernels, as_in_memory),
             'gaussian': partial(gaussian_noise, x, eta=eta),
-            'normal draws': lambda: torch.randn_like(laid_out[:n]),
+            'normal draws': lambda: torch.randn_like(as_in_memory[:n]),
         },
         repeats,
         FILL,
@@ -91,7 +91,7 @@ def layer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, repe
     return {
         'seconds': seconds,
         'share_of_floor': {
-            name: {copy: round(floor * seconds[copy] / seconds[name], 3) for copy in COPIES}
+            name: {copy: round(floor * seconds[f'copy, {copy}'] / seconds[name], 3) for copy in COPIES}
             for name, floor in FLOOR.items()
         },
         'share_in_kernels': {name: round(seconds[f'{name}, kernels'] / seconds[name], 3) for name in FLOOR},
@@ -121,10 +121,16 @@ class Bench:
             candidates[which] = self._step(model, plain, images, labels)
         plain_seconds, seconds = turns(candidates, self.repeats, FILL).values()
         # Of the two steps of a turn: a machine that slows down for a while slows both.
-        ratio = median(twin / plain for twin, plain in zip(seconds, plain_seconds, strict=True))
+        ratios = [twin / plain for twin, plain in zip(seconds, plain_seconds, strict=True)]
+        lower, middle, upper = (round(ratio, 3) for ratio in quantiles(ratios, n=4))
         return {
-            'batch': size, 'side': side, 'sites': sites, 'seconds': median(plain_seconds), 'ratio': round(ratio, 3)
-        }  # fmt: skip
+            'batch': size,
+            'side': side,
+            'sites': sites,
+            'seconds': median(plain_seconds),
+            'ratio': middle,
+            'quartiles': [lower, upper],
+        }
 
     def objectives(self, name: str, size: int, side: int) -> dict[str, Any]:
         """The time of an adversarial training step relative to a plain one, without and with BatchOut."""

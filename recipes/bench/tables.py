@@ -94,7 +94,7 @@ def method(report: dict[str, Any]) -> list[str]:
         'more repeats.',
         '',
         f'A training step (forward, loss, backward, SGD{bf16}) of the twin, relative to the same step of the plain '
-        'net:',
+        'net: median of the turns, and quartiles:',
         '',
         '| net | batch | sites | eager | compiled (inductor) |',
         '|---|---|---|---|---|',
@@ -102,17 +102,17 @@ def method(report: dict[str, Any]) -> list[str]:
     for name, step in report['step'].items():
         compiled = report['compiled_step'].get(name)
         size = f'{step["batch"]} x {step["side"]}x{step["side"]}'
-        ratio = f'{compiled["ratio"]:.2f}' if compiled else ''
-        lines.append(f'| `{name}` | {size} | {step["sites"]} | {step["ratio"]:.2f} | {ratio} |')
+        ratios = _with_quartiles(step), _with_quartiles(compiled) if compiled else ''
+        lines.append(f'| `{name}` | {size} | {step["sites"]} | {" | ".join(ratios)} |')
     lines += [
         '',
         'The layer alone. The floor is the time to read and write the batch once and to read the partners, at the '
-        'speed of a copy of the batch into fresh memory, or into memory at hand; in place, only the augmented half '
+        'speed of a copy of the batch into a new tensor, or into memory at hand; in place, only the augmented half '
         'moves. The kernels are `clone` (not in place), `index_select` and `lerp_` without the rest. `gaussian_noise` '
         'also draws normals:',
         '',
-        '| tensor | dtype | new tensor: of the floor, fresh | at hand | kernels, of the time '
-        '| in place: of the floor, fresh | at hand | kernels, of the time '
+        '| tensor | dtype | new tensor: of the floor, new | at hand | kernels, of the time '
+        '| in place: of the floor, new | at hand | kernels, of the time '
         '| `gaussian_noise` / `batchout` | normal draws |',
         '|---|---|---|---|---|---|---|---|---|---|',
     ]
@@ -129,15 +129,21 @@ def method(report: dict[str, Any]) -> list[str]:
         return [*lines, '', *adversarial(report)]
     lines += [
         '',
-        'The partners are copied, because they are read before any sample changes. So the kernels move the batch 4.5 '
-        'times for a new tensor and 2.5 times in place (before an in-place activation), where the floors are 2.5 and '
-        '1.5: 56% and 60% is what they can reach where neither the cache nor the cost of fresh memory helps, and only '
-        'a fused kernel, as inductor has one, needs less. Small tensors cost what the operator calls cost. bfloat16 is '
-        'emulated on processors without AVX512-BF16 or AMX, where a copy is not. For `gaussian_noise` the floor is '
-        'drawing the normals.',
+        'The partners are copied, because they are read before any sample changes. So the kernels move the batch '
+        '4.5 times for a new tensor and 2.5 times in place (before an in-place activation), where the floors are '
+        '2.5 and 1.5: 56% and 60% is what they can reach where no cache helps, and only a fused kernel, as '
+        'inductor has one, needs less. A large new tensor may also pay for its pages, where the allocator has '
+        'given them back to the system; large pages (THP_MEM_ALLOC_ENABLE=1) take that away. Small tensors cost '
+        'what the operator calls cost. bfloat16 is emulated on processors without AVX512-BF16 or AMX, where a '
+        'copy is not. For `gaussian_noise` the floor is drawing the normals.',
         '',
     ]
     return [*lines, *adversarial(report)]
+
+
+def _with_quartiles(step: dict[str, Any]) -> str:
+    low, high = step['quartiles']
+    return f'{step["ratio"]:.2f} ({low:.2f} to {high:.2f})'
 
 
 def adversarial(report: dict[str, Any]) -> list[str]:

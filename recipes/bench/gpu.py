@@ -1,7 +1,7 @@
 """Everything that only a GPU shows, into the JSON files of this folder: python recipes/bench/gpu.py
 
-Each step is skipped if its result is there already, and is written when it is done, so the
-script can be stopped and started again:
+Each step is skipped if its result is there already, and is written when it is done, so the script can be stopped and
+started again:
 
 - the tests marked ``gpu``;
 - each launch config: a run is stopped after a checkpoint, resumed, and its weights are compared with those of a run

@@ -12,11 +12,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from timm_batchout.provenance import write_atomically
 from timm_batchout.recipe import configure, read_recipe
-from timm_batchout.robustness.report import Report
+from timm_batchout.robustness.report import Report, paired_difference
 from timm_batchout.robustness.tables import overview
 from timm_batchout.training.config import TrainConfig
 from timm_batchout.training.launch import train
@@ -97,9 +95,8 @@ def write_up(results: list[dict[str, Any]]) -> str:
     none = accuracy['none']['val_robust']
     for arm, values in accuracy.items():
         cells = [f'{mean(v):.2f} ± {stdev(v):.2f}' for v in values.values()]
-        gain = [a - b for a, b in zip(values['val_robust'], none, strict=True)]
-        half = student_t.ppf(0.975, len(gain) - 1) * stdev(gain) / len(gain) ** 0.5
-        difference = '' if arm == 'none' else f'{mean(gain):+.1f} ± {half:.1f}'
+        gain, half = paired_difference(values['val_robust'], none)
+        difference = '' if arm == 'none' else f'{gain:+.1f} ± {half:.1f}'
         lines.append(
             f'| {arm} | {" | ".join(cells)} | {difference} | '
             f'{cost["without_batchout" if arm == "none" else "with_batchout"]:.1f} |'

@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from scipy.stats import t as student_t
 from torch import Tensor, nn
 
 from timm_batchout import batchout_sites
@@ -26,6 +25,7 @@ from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.harness import evaluate
+from timm_batchout.robustness.report import paired_difference
 from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.launch import train
 from timm_batchout.zoo.timm_twins import depth_scaled_eta
@@ -165,15 +165,14 @@ def write_up(report: dict[str, Any]) -> str:
             if r['net'] == net:
                 by_candidate.setdefault(r['candidate'], []).append(r)
         for candidate, runs in by_candidate.items():
-            first = runs[0]
             columns = zip(*map(_figures, runs), strict=True)
             plain = zip(*map(_figures, by_candidate[NONE]), strict=True)
             cells = [
                 _cell(values, None if candidate == NONE or i == 0 else others, digits)
                 for i, (values, others, digits) in enumerate(zip(columns, plain, (3, 2, 2, 2, 2, 3), strict=True))
             ]
-            eta = f'{first["eta"][1]:.3f}' if first['eta'] else ''
-            lines.append(f'| {candidate} | {first["sites"] or ""} | {eta} | {" | ".join(cells)} |')
+            eta = f'{runs[0]["eta"][1]:.3f}' if runs[0]['eta'] else ''
+            lines.append(f'| {candidate} | {runs[0]["sites"] or ""} | {eta} | {" | ".join(cells)} |')
         lines.append('')
     return '\n'.join(lines)
 
@@ -189,9 +188,8 @@ def _cell(values: Sequence[float], others: Sequence[float] | None, digits: int) 
     text = f'{mean(values):.{digits}f} ± {stdev(values):.{digits}f}'
     if others is None:
         return text
-    gain = [a - b for a, b in zip(values, others, strict=True)]
-    half = student_t.ppf(0.975, len(gain) - 1) * stdev(gain) / len(gain) ** 0.5
-    return f'{text}, *{mean(gain):+.{digits}f} ± {half:.{digits}f}*'
+    gain, half = paired_difference(values, others)
+    return f'{text}, *{gain:+.{digits}f} ± {half:.{digits}f}*'
 
 
 def main() -> None:

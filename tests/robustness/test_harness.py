@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_rel
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -28,7 +29,7 @@ from timm_batchout.recipe import parse
 from timm_batchout.robustness.chunks import Chunks
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.harness import evaluate as evaluate_and_audit
-from timm_batchout.robustness.report import Report, Score, Variant, wilson
+from timm_batchout.robustness.report import Report, Score, Variant, paired_difference, wilson
 from timm_batchout.robustness.tables import compare, leaders, table
 
 foolbox = pytest.importorskip('foolbox')
@@ -585,6 +586,13 @@ def test_wilson():
     """Values of the R package binom."""
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+
+
+def test_paired_difference_has_the_interval_of_a_paired_t_test():
+    values, others = [98.1, 97.4, 98.9], [97.0, 97.1, 97.6]
+    gain, half = paired_difference(values, others)
+    low, high = ttest_rel(values, others).confidence_interval()
+    assert (gain - half, gain + half) == pytest.approx((low, high))
 
 
 @pytest.mark.parametrize('name', ['mnist', 'cifar10'])

@@ -2,16 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import mean, stdev
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from timm_batchout.provenance import write_atomically
 from timm_batchout.text import parse_radius
 
-__all__ = ['Audit', 'Report', 'Score', 'Variant', 'differences', 'wilson']
+__all__ = ['Audit', 'Report', 'Score', 'Variant', 'differences', 'paired_difference', 'wilson']
 
 Checked = TypeVar('Checked')
 
@@ -22,6 +23,14 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_difference(values: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """The mean of ``values - others``, of two pairs (seeds, say) or more, and half its 95% interval (Student's t)."""
+    from scipy.stats import t as student_t
+
+    gains = [value - other for value, other in zip(values, others, strict=True)]
+    return mean(gains), float(student_t.ppf(0.975, len(gains) - 1)) * stdev(gains) / math.sqrt(len(gains))
 
 
 class Variant(NamedTuple):

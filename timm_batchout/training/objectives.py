@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_batchout.layer import BatchOut
-from timm_batchout.pixels import fgsm
+from timm_batchout.pixels import fgsm, modes_kept
 from timm_batchout.training.config import ObjectiveConfig
 
 __all__ = ['Objective', 'perturb', 'robust_correct']
@@ -102,18 +102,6 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-@contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put the whole net in one mode, and restore the mode of every layer afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 class Objective:
     """``objective(model, images, labels)`` is the mean loss of a mini-batch.
 
@@ -176,7 +164,8 @@ class Objective:
     @contextmanager
     def _attacking(self, model: nn.Module) -> Iterator[None]:
         training = self.config.attack_mode == 'train'
-        with _mode(model, training), statistics_kept(model), self._batchout(training and self.config.attack_batchout):
+        with modes_kept(model), statistics_kept(model), self._batchout(training and self.config.attack_batchout):
+            model.train(training)
             yield
 
     @contextmanager

@@ -243,8 +243,7 @@ class Trainer:
             if 'val_robust_accuracy' in record:
                 line += f'robust {record["val_robust_accuracy"]:.4f}  '
             line += f'logit std {record["val_logit_std"]:.1f}  '
-        metrics = self.progress.metrics
-        left = (self.config.epochs - record['epoch']) * sum(r['seconds'] for r in metrics) / len(metrics)
+        left = (self.config.epochs - record['epoch']) * record['seconds']
         line += f'{record["images_per_second"]:.0f} images/s'
         self._say(line + (f'  {timedelta(seconds=round(left))} left' if left else ''))
 

@@ -169,6 +169,7 @@ class Paper:
             'data': data_label(config.data),
             'seed': seed,
             'train_loss': [line['train_loss'] for line in metrics],
+            'val_accuracy': [line.get('val_accuracy') for line in metrics],
             'report': self._report(figure, config).to_dict(),
             'recipe': recipe,
             'training_environment': result['environment'],
@@ -206,7 +207,8 @@ class Paper:
         path = Path(config.output) / 'result.json'
         if path.is_file():
             result = json.loads(path.read_text())
-            changes = recipe_changes(result['recipe'], config)
+            # The precision is the machine's choice: a GPU trains in bfloat16 what an old CPU trains in float32.
+            changes = recipe_changes(result['recipe'], replace(config, precision=result['recipe']['precision']))
             if changes:
                 raise ValueError(
                     f'{config.output} already contains a finished run with a different recipe; move or delete it.\n'

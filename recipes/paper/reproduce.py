@@ -27,7 +27,7 @@ class ReproduceConfig:
             data, e.g. '{cifar10: {name: image_folder, root: PATH, label: NAME}}'.
         seeds: One run of every net for each.
         recipes: Folder of the recipes.
-        runs: Folder of the training runs. Finished runs are reused, interrupted ones resumed.
+        runs: Folder of the training runs. Finished runs are reused, whatever their precision; interrupted ones resumed.
         output: Folder for figN.json, figN.svg, seeds.json and RESULTS.md; what stands there of other figures is kept.
             Reports of ``evaluate`` in its folders reports/ and variants/ become tables of RESULTS.md.
         sweep_epochs: Epochs of the nets of figures 4b, 5a and 5b; 0: as in the recipe.

@@ -56,6 +56,8 @@ def test_figures_of_the_digits(tmp_path, capsys):
     assert not list((tmp_path / 'runs').rglob('*.chunks'))
 
     run = tmp_path / 'runs' / 'mnist_baseline-1epochs-0' / 'result.json'
+    run.write_text(run.read_text().replace('"precision": "no"', '"precision": "bf16"'))
+    assert reproduce(tmp_path, '5b', '--seeds', '[0]') == 0, 'the precision is the choice of who trained it'
     run.write_text(run.read_text().replace('"lr": 0.02', '"lr": 0.04'))
     capsys.readouterr()
     assert reproduce(tmp_path, '5b', '--seeds', '[0]') == 2

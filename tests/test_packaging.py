@@ -19,7 +19,6 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason='43 MiB, until cifar_vgg.fgsm_at_cifar10 is stored in half precision too')
 def test_wheel_is_small(wheel):
     assert wheel.stat().st_size < 40 * 2**20
 

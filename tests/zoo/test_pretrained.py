@@ -24,7 +24,6 @@ DATA = Path(os.environ.get('TIMM_BATCHOUT_DATA', ROOT.parent / 'shared' / 'data'
 ROOTS = {
     'MNIST': DATA / 'mnist',
     'CIFAR-10': DATA / 'cifar10',
-    'CIFAR-10 (JPEG q75 copy)': DATA / 'cifar10-jpeg' / 'cifar10-jpeg.tar.xz',
 }
 CARDS = bundled_cards()
 REPORTS = {name: Report.from_dict(card['report']) for name, card in CARDS.items()}
@@ -54,9 +53,8 @@ def test_mnist_accuracy(name):
 def test_evaluation_gives_the_bundled_report_again(name, capsys):
     card = CARDS[name]
     test_set_of(name)
-    data = card['training']['recipe']['data']
-    fields = [f'--data.{key}={value}' for key, value in data.items() if key in ('name', 'label') and value]
-    command = ['evaluate', name, *fields, '--data.root', str(ROOTS[card['training']['data']]), '--audit', 'false']
+    data = ['--data.name', card['training']['recipe']['data']['name']]
+    command = ['evaluate', name, *data, '--data.root', str(ROOTS[card['training']['data']]), '--audit', 'false']
     eps = ['0.1', '0.2'] if 'mnist' in name else ['2/255', '8/255']
     assert main([*command, '--eps', *eps, '--expect', str(FOLDER / f'{name}.json')]) == 0, capsys.readouterr().out
 

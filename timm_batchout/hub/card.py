@@ -29,7 +29,6 @@ LICENSES = {  # in the Hub's list; any other is 'other' there, with a name
 }  # fmt: skip
 EXAMPLES = 'examples.png'  # the picture of adversarial images, if there is one
 VERSIONS = ('python', 'timm-batchout', 'torch', 'timm')  # shown for the evaluation
-JPEG = 'CIFAR-10 (JPEG q75 copy)'  # the data label of cifar_vgg.fgsm_at_cifar10
 
 
 @dataclass
@@ -135,7 +134,6 @@ def make_card(entry: Entry) -> ModelCard:
             examples=EXAMPLES if entry.examples else '',
             run=run,
             train_share=f'{1 - entry.recipe["data"].get("val_fraction", 0):.0%}' if 'data' in entry.recipe else '',
-            jpeg=report.data == JPEG,
             recipe=yaml.safe_dump(entry.recipe, sort_keys=False).rstrip(),
             own_section=OWN_SECTION,
             sha256=entry.sha256,

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from timm_batchout import batchout_sites
@@ -91,6 +92,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         )
     result = json.loads((output / 'result.json').read_text())
     model = timm.create_model(name, checkpoint_path=str(output / 'model.safetensors'), **model_args)
+    model = model.to(Accelerator().device)
     record = {
         'net': net,
         'candidate': candidate,
@@ -101,7 +103,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'held_out': fgsm_accuracy(model, held_out),
         'deepfool': median_distance(model, *held_out.read(slice(DEEPFOOL_IMAGES))),
         'recipe': result['recipe'],
-        'environment': environment(),
+        'environment': environment(Accelerator().device),
     }
     write_atomically(scores, json.dumps(record, indent=1))
     return record
@@ -121,7 +123,8 @@ def median_distance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
     Images that it cannot fool count as infinitely far.
     """
     net, distances = PixelModel(model).eval(), []
-    for batch, truth in zip(images.split(100), labels.split(100), strict=True):
+    device = net.mean.device
+    for batch, truth in zip(images.to(device).split(100), labels.to(device).split(100), strict=True):
         with torch.no_grad():
             right = net(batch / 255).argmax(1) == truth
         found = deepfool(net, batch[right] / 255, truth[right], iterations=50)
@@ -145,8 +148,8 @@ def write_up(report: dict[str, Any]) -> str:
         f'percent on {first["held_out"]["n"]} held-out training images: mean and standard deviation over seeds '
         f'{", ".join(map(str, seeds))}; in italics the difference to no BatchOut, of the same seeds, with its 95% '
         f'interval (Student). DeepFool: median L2 distance of those of {first["deepfool"]["n"]} images that are '
-        f'classified right, {first["deepfool"]["steps"]} steps. Short runs on a CPU: they rank choices, and say little '
-        'about what long training reaches.',
+        f'classified right, {first["deepfool"]["steps"]} steps. Hardware: {first["environment"]["hardware"]}. Short '
+        'runs: they rank choices, and say little about what long training reaches.',
         '',
     ]
     for net in dict.fromkeys(r['net'] for r in report['results']):
@@ -195,7 +198,7 @@ def _cell(values: Sequence[float], others: Sequence[float] | None, digits: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--root', default='data/cifar10')
-    parser.add_argument('--epochs', type=int, default=4)
+    parser.add_argument('--epochs', type=int, default=8)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--nets', nargs='+', choices=list(NETS), default=list(NETS))
     parser.add_argument('--candidates', nargs='+', choices=list(CANDIDATES), default=list(CANDIDATES))

@@ -122,8 +122,8 @@ def median_distance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
 
     Images that it cannot fool count as infinitely far.
     """
-    net, distances = PixelModel(model).eval(), []
-    device = net.mean.device
+    device = next(model.parameters()).device
+    net, distances = PixelModel(model).to(device).eval(), []
     for batch, truth in zip(images.to(device).split(100), labels.to(device).split(100), strict=True):
         with torch.no_grad():
             right = net(batch / 255).argmax(1) == truth
@@ -198,7 +198,7 @@ def _cell(values: Sequence[float], others: Sequence[float] | None, digits: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--root', default='data/cifar10')
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=4)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--nets', nargs='+', choices=list(NETS), default=list(NETS))
     parser.add_argument('--candidates', nargs='+', choices=list(CANDIDATES), default=list(CANDIDATES))

@@ -16,6 +16,7 @@ from typing import Any
 import timm
 from accelerate import Accelerator
 
+from timm_batchout.data.images import Split
 from timm_batchout.data.memory import load_data
 from timm_batchout.provenance import write_atomically
 from timm_batchout.recipe import configure, read_recipe
@@ -32,7 +33,7 @@ from timm_batchout.zoo.pretrained import bundled_cards
 HERE = Path(__file__).parent
 CONCLUSION = '## Conclusion'
 SHORT: dict[str, dict[str, Any]] = {
-    'mnist_cnn': {'epochs': 20, 'objective': {'steps': 5}},
+    'mnist_cnn': {'epochs': 8, 'objective': {'steps': 5}},
     'cifar_vgg': {'epochs': 10},
 }
 ETA: dict[str, dict[str, Any]] = {  # per net and arm: the eta of its BatchOut; {}: the net's own, which is the paper's
@@ -79,7 +80,9 @@ def autoattack(config: TrainConfig, epsilon: float) -> Report:
     if path.is_file():
         return Report.load(path)
     model = timm.create_model(config.model, checkpoint_path=f'{config.output}/model.safetensors', **config.model_args)
-    images, labels = load_data(config.data)[1].read(slice(AUTOATTACK_IMAGES))
+    held_out = load_data(config.data)[1]
+    assert isinstance(held_out, Split)
+    images, labels = held_out.read(slice(AUTOATTACK_IMAGES))
     report = evaluate(
         model.to(Accelerator().device), images, labels, ['autoattack'], [epsilon],
         batch_size=AUTOATTACK_IMAGES, audit=False, chunks=Chunks(path.with_suffix('.chunks')),
@@ -118,27 +121,33 @@ def _of_one_net(net: str, results: list[dict[str, Any]]) -> list[str]:
     bench = json.loads((HERE.parent / 'bench' / 'method.json').read_text())
     cost = bench['objectives'][net]['ratios'][f'PGD, {objective["steps"]} steps']
     epsilon = robust_val['epsilon'] or objective['epsilon']
+    columns = {'val': 'clean', 'val_robust': 'PGD', 'autoattack': 'AutoAttack'}
+    columns = {name: title for name, title in columns.items() if f'{name}_n' in first}
+    images = [f'{first["val_n"]} clean', f'{first["val_robust_n"]} under PGD with {robust_val["steps"]} steps']
+    if 'autoattack' in columns:
+        images.append(f'{first["autoattack_n"]} under AutoAttack')
     lines = [
         f'`{net}_pgd.yaml` in short: {first["recipe"]["epochs"]} epochs, {objective["steps"]} steps of PGD at '
         f'{format_radius(objective["epsilon"])}; {first["environment"]["hardware"]}. Accuracy in percent on held-out '
-        f'images: {first["val_n"]} clean ones, {first["val_robust_n"]} under PGD with {robust_val["steps"]} steps and '
-        f'{first["autoattack_n"]} under AutoAttack at {format_radius(epsilon)}; mean and standard deviation over seeds '
+        f'images ({", ".join(images)}, at {format_radius(epsilon)}): mean and standard deviation over seeds '
         f'{", ".join(map(str, seeds))}; in italics the difference to none, of the same seeds, with its 95% interval '
         '(Student). Cost: the time of a training step relative to plain training, on a CPU '
         f'({bench["environment"]["hardware"]}; `../bench/method.py`).',
         '',
-        '| BatchOut | clean | PGD | AutoAttack | cost |',
-        '|---|---|---|---|---|',
+        f'| BatchOut | {" | ".join(columns.values())} | cost |',
+        '|---' * (len(columns) + 2) + '|',
     ]
-    names = ('val', 'val_robust', 'autoattack')
     accuracy = {
-        arm: [[100 * r[f'{name}_correct'] / r[f'{name}_n'] for r in results if r['batchout'] == arm] for name in names]
+        arm: [
+            [100 * r[f'{name}_correct'] / r[f'{name}_n'] for r in results if r['batchout'] == arm]
+            for name in columns
+        ]
         for arm in [NONE, *ETA[net]]
-    }
-    for arm, columns in accuracy.items():
-        cells = [f'{mean(values):.2f} ± {stdev(values):.2f}' for values in columns]
+    }  # fmt: skip
+    for arm, values in accuracy.items():
+        cells = [f'{mean(v):.2f} ± {stdev(v):.2f}' for v in values]
         if arm != NONE:
-            differences = map(paired_difference, columns, accuracy[NONE])
+            differences = map(paired_difference, values, accuracy[NONE])
             cells = [f'{cell}, *{d:+.1f} ± {half:.1f}*' for cell, (d, half) in zip(cells, differences, strict=True)]
         ratio = cost['without_batchout' if arm == NONE else 'with_batchout']
         lines.append(f'| {arm} | {" | ".join(cells)} | {ratio:.1f} |')

@@ -150,7 +150,7 @@ class Report:
         scores: The scores, the clean one first.
         audit: Result of the masking audit; None if it was switched off.
         environment: Versions and hardware.
-        seconds: Wall time; the only difference between two runs.
+        seconds: Wall time of the call that finished it; the only difference between two runs.
     """
 
     model: str

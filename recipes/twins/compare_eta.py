@@ -51,7 +51,7 @@ CANDIDATES: dict[str, tuple[str, float] | None] = {
     'every block': ('block', 1.0),
 }
 EPSILONS = ['1/255', '2/255', '4/255']
-IMAGES, DEEPFOOL_IMAGES = 10_000, 500  # of those held out
+IMAGES, DEEPFOOL_IMAGES = 5000, 500  # of those held out
 
 
 def options(net: str, candidate: str) -> tuple[str, dict[str, Any]]:

@@ -20,7 +20,6 @@ from timm_batchout.data.images import Split
 from timm_batchout.data.memory import load_data
 from timm_batchout.provenance import write_atomically
 from timm_batchout.recipe import configure, read_recipe
-from timm_batchout.robustness.chunks import Chunks
 from timm_batchout.robustness.harness import evaluate
 from timm_batchout.robustness.report import Report, paired_difference
 from timm_batchout.robustness.tables import overview
@@ -85,7 +84,7 @@ def autoattack(config: TrainConfig, epsilon: float) -> Report:
     images, labels = held_out.read(slice(AUTOATTACK_IMAGES))
     report = evaluate(
         model.to(Accelerator().device), images, labels, ['autoattack'], [epsilon],
-        batch_size=AUTOATTACK_IMAGES, audit=False, chunks=Chunks(path.with_suffix('.chunks')),
+        batch_size=AUTOATTACK_IMAGES, audit=False,
     )  # fmt: skip
     report.save(path)
     return report

@@ -22,10 +22,10 @@ from timm_batchout import batchout_sites
 from timm_batchout.data.config import DataConfig
 from timm_batchout.data.images import Split
 from timm_batchout.data.memory import data_label, load_data
-from timm_batchout.pixels import PixelModel
 from timm_batchout.provenance import environment, write_atomically
 from timm_batchout.robustness.deepfool import deepfool
 from timm_batchout.robustness.harness import evaluate
+from timm_batchout.robustness.inputs import in_pixels
 from timm_batchout.robustness.report import paired_difference
 from timm_batchout.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from timm_batchout.training.launch import train
@@ -92,7 +92,8 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         )
     result = json.loads((output / 'result.json').read_text())
     model = timm.create_model(name, checkpoint_path=str(output / 'model.safetensors'), **model_args)
-    model = model.to(Accelerator().device)
+    device = Accelerator().device
+    model = model.to(device)
     record = {
         'net': net,
         'candidate': candidate,
@@ -103,7 +104,7 @@ def measure(net: str, candidate: str, data: DataConfig, epochs: int, seed: int, 
         'held_out': fgsm_accuracy(model, held_out),
         'deepfool': median_distance(model, *held_out.read(slice(DEEPFOOL_IMAGES))),
         'recipe': result['recipe'],
-        'environment': environment(Accelerator().device),
+        'environment': environment(device),
     }
     write_atomically(scores, json.dumps(record, indent=1))
     return record
@@ -122,8 +123,8 @@ def median_distance(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
 
     Images that it cannot fool count as infinitely far.
     """
-    device = next(model.parameters()).device
-    net, distances = PixelModel(model).to(device).eval(), []
+    net, distances = in_pixels(model).eval(), []
+    device = net.mean.device
     for batch, truth in zip(images.to(device).split(100), labels.to(device).split(100), strict=True):
         with torch.no_grad():
             right = net(batch / 255).argmax(1) == truth

@@ -48,7 +48,7 @@ def main() -> None:
         parser.error('name and report are needed, or --half.')
     arch, tag = arguments.name.split('.')
     result = json.loads((arguments.run / 'result.json').read_text())
-    if result['model'] != arch:
+    if result['model'] not in (arch, f'batchout_{arch}'):  # a twin's weights are its base's too
         raise SystemExit(f'error: {arguments.run} trained {result["model"]}, not {arch}.')
     file = arguments.run / arguments.weights
     report = replace(Report.load(arguments.report), model=arguments.name)

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 CONCLUSION = '## Conclusion'
 SHORT: dict[str, dict[str, Any]] = {
     'mnist_cnn': {'epochs': 8, 'objective': {'steps': 5}},
-    'cifar_vgg': {'epochs': 10},
+    'cifar_vgg': {'epochs': 10, 'batch_size': 256},
 }
 ETA: dict[str, dict[str, Any]] = {  # per net and arm: the eta of its BatchOut; {}: the net's own, which is the paper's
     'mnist_cnn': {"the paper's eta": {}, 'eta 0.03': {'eta': 0.03}},
@@ -56,7 +56,8 @@ def measure(net: str, arm: str, seed: int, root: str, runs: Path) -> dict[str, A
     result = json.loads(finished.read_text()) if finished.is_file() else train(config)
     if recipe_changes(result['recipe'], config):
         raise SystemExit(f'error: {output} is a run of another recipe. Move it away.')
-    last = json.loads((output / 'metrics.jsonl').read_text().splitlines()[-1])
+    epochs = [json.loads(line) for line in (output / 'metrics.jsonl').read_text().splitlines()]
+    last = epochs[-1]
     kept = ('val_correct', 'val_n', 'val_robust_correct', 'val_robust_n', 'train_loss')
     epsilon = config.robust_val.epsilon or config.objective.epsilon
     score = autoattack(config, epsilon).score('autoattack', epsilon)
@@ -66,6 +67,7 @@ def measure(net: str, arm: str, seed: int, root: str, runs: Path) -> dict[str, A
         'batchout': arm,
         'seed': seed,
         **{name: last[name] for name in kept},
+        'best_val_robust_correct': max(epoch['val_robust_correct'] for epoch in epochs),
         'autoattack_correct': score.correct,
         'autoattack_n': score.n,
         'recipe': result['recipe'],
@@ -150,7 +152,10 @@ def _of_one_net(net: str, results: list[dict[str, Any]]) -> list[str]:
             cells = [f'{cell}, *{d:+.1f} ± {half:.1f}*' for cell, (d, half) in zip(cells, differences, strict=True)]
         ratio = cost['without_batchout' if arm == NONE else 'with_batchout']
         lines.append(f'| {arm} | {" | ".join(cells)} | {ratio:.1f} |')
-    return [*lines, '']
+    overfitting = max((r['best_val_robust_correct'] - r['val_robust_correct']) / r['val_robust_n'] for r in results)
+    best = f'at most {100 * overfitting:.1f} points above its last' if overfitting else 'its last'
+    after = f'Robust overfitting: the best epoch of every run under PGD is {best}.'
+    return [*lines, '', after, '']
 
 
 def main() -> None:

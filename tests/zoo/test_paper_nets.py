@@ -26,6 +26,8 @@ BUNDLED = [
     'mnist_cnn.baseline_mnist',
     'mnist_cnn.fgsm_at_mnist',
     'mnist_cnn.pgd_at_mnist',
+    'resnet18_cifar_w32.baseline_cifar10',
+    'resnet18_cifar_w32.batchout_cifar10',
     'resnet18_cifar_w32.trades_cifar10',
 ]
 

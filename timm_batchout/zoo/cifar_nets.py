@@ -74,7 +74,14 @@ def _cfg(name: str = '') -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         'resnet18_cifar': _cfg(),
-        'resnet18_cifar_w32.trades_cifar10': _cfg('resnet18_cifar_w32.trades_cifar10'),
+        **{
+            name: _cfg(name)
+            for name in (
+                'resnet18_cifar_w32.baseline_cifar10',
+                'resnet18_cifar_w32.batchout_cifar10',
+                'resnet18_cifar_w32.trades_cifar10',
+            )
+        },
     }
 )
 

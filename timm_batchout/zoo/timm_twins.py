@@ -126,7 +126,8 @@ def depth_scaled_eta(sites: int, factor: float = 2.0) -> tuple[float, float]:
 
     Args:
         sites: Number of sites that share that total.
-        factor: 2 made a ResNet and a ViT more robust than 1, at the same clean accuracy (recipes/twins/RESULTS.md).
+        factor: 2 made a ResNet more robust than 1 at the same clean accuracy; a ViT gained nothing from any
+            (recipes/twins/RESULTS.md).
 
     Returns:
         (0.0, high).
